@@ -153,7 +153,7 @@ bench: $(PEERS) ## Run the benchmarks; the figures go to data/bench/*.json
 
 gpu-check: $(FOR_TESTS) ## Compare training on a GPU with the CPU, and measure it; GPU_DEVICE=cpu runs the same without one
 	mkdir -p $(BENCH_DIR)
-	$(ON_PATH) $(BIN)/python tests/trainer/equivalence/on_device.py --device $(GPU_DEVICE)
+	$(ON_PATH) PYTHONPATH=. $(BIN)/python tests/trainer/equivalence/on_device.py --device $(GPU_DEVICE)
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay

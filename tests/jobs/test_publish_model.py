@@ -21,7 +21,7 @@ from serving.scoring.scorer import Scorer
 from tests.cli import invoke
 from tests.cli import printed as done
 from tests.pages import check_page
-from tests.serving.scoring.variants import VARIANTS, compiled, shared_places, train_run
+from tests.serving.scoring.variants import SERVED, compiled, shared_places, train_run
 from tests.trainer.conftest import Places, make_places
 
 pytestmark = pytest.mark.long
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.long
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("places"))
     train_run(places, "both")
-    train_run(places, "ids", **VARIANTS["images_none"])
+    train_run(places, "ids", **SERVED["images_none"])
     return places
 
 
@@ -70,7 +70,7 @@ def test_a_worse_model_is_published_and_not_put_in_use(
     monkeypatch.setattr(export, lambda network, config, folder, **_: [Path(shutil.copy(written, folder))])
     out, json_file = tmp_path / "model", tmp_path / "export.json"
     good, bad = places.folder / "runs" / "ids", places.folder / "runs" / "bad"
-    train_run(places, "bad", **VARIANTS["images_none"], optim__lr=1, optim__ids_lr=1, model__activation="prelu")
+    train_run(places, "bad", **SERVED["images_none"], optim__lr=1, optim__ids_lr=1, model__activation="prelu")
     assert "gate" not in done(export_model.app, "--run", good, "--out", out)  # nothing is in use yet
     refused = invoke(export_model.app, "--run", bad, "--out", out, "--json", json_file)
     assert refused.exit_code == export_model.REFUSED == 3

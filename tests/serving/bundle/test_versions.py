@@ -319,7 +319,7 @@ def test_copies_of_versions_that_nobody_opens_go(exact: Exported, s3_url: str, t
 
 
 IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
-OTHERS = ("lr", "images_none", "din_inputs", "exact")
+OTHERS = ("lr", "images_none", "inputs", "exact")
 """E in float64, another optimiser of rows, many tables, and exact ones."""
 
 

@@ -55,7 +55,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Published:
         for name in ("features", "samples"):
             shutil.copytree(places.folder / name, folder / name)
         shutil.copytree(exported(places, "plain").url, folder / "models" / "ctr")
-        export(trained(places, "mlp_concat"), str(folder / "models" / "ctr"), use=False)
+        export(trained(places, "concat"), str(folder / "models" / "ctr"), use=False)
 
     made_once(folder, "published", publish)
     return Published(folder)

@@ -74,7 +74,7 @@ def test_a_run_in_bfloat16_has_the_tolerance_of_its_roundings(model: Exported, t
 
 
 def test_another_checkpoint_is_refused(model: Exported, variants: Variants) -> None:
-    found = check(model.url, "--run", variants("mlp_concat").run, code=1)
+    found = check(model.url, "--run", variants("concat").run, code=1)
     assert "is not the checkpoint that version 1 was made of" in found.stderr
 
 
@@ -99,7 +99,7 @@ def test_scores_by_a_model_have_the_texts_next_to_the_samples(model: Exported, t
 
 
 def test_a_row_whose_logit_is_not_finite_ends_both_by_its_name(variants: Variants, tmp_path: Path) -> None:
-    model = variants("din_inputs")
+    model = variants("inputs")
     file = tmp_path / "samples" / model.test_file.relative_to(model.places.folder / "samples")
     shutil.copytree(model.places.folder / "samples", tmp_path / "samples")
     shapes = model.table["ad_shape"].to_pylist()

@@ -19,7 +19,7 @@ from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
 from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
-from tests.serving.scoring.variants import GONE, VARIANTS, Variants
+from tests.serving.scoring.variants import GONE, SERVED, Variants
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import read_rows
@@ -61,7 +61,7 @@ def logits_of(scored: list[Any]) -> Any:
     return np.concatenate([each.logits_C for each in scored])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SERVED)
 def test_scores_are_the_trainers_logits(variants: Variants, opened: Opened, name: str) -> None:
     variant = variants(name)
     scorer, requests = opened(name)
@@ -81,7 +81,7 @@ def test_matrix_has_every_kind() -> None:
     """A net, aggregator or policy that is added to the trainer is added to the matrix."""
 
     def given(setting: str, default: str) -> set[str]:
-        return {settings.get(setting, default) for settings in VARIANTS.values()}
+        return {settings.get(setting, default) for settings in SERVED.values()}
 
     assert given("model__base", ModelConfig().base) == set(get_args(BaseNet))
     assert given("model__pooling", ModelConfig().pooling) == set(get_args(Pooling))
@@ -141,7 +141,7 @@ def test_null_images_score_as_images_without_a_vector(opened: Opened) -> None:
     assert np.abs(null.logits_C - with_images).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["contents", "din_inputs", "exact", "id_proxy"])
+@pytest.mark.parametrize("name", ["contents", "inputs", "exact", "id_proxy"])
 def test_nothing_known_and_nothing_in_it(opened: Opened, name: str) -> None:
     scorer, requests = opened(name)
     rules, request = scorer.inputs.sources, requests[0]
@@ -166,7 +166,7 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a transform makes infinite: test_decode.py and test_check.py."""
-    scorer, requests = opened("din_inputs")
+    scorer, requests = opened("inputs")
     request = next(each for each in requests if len(each.candidates["ad_shape"]) > 1)
     right = ServedNetwork.steps
 

@@ -1,10 +1,10 @@
-"""Small trained runs of every kind of model and of inputs, each with its bundle, made once."""
+"""The variants that are served: small trained runs of them, each with its bundle, made once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,37 +23,8 @@ from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, drawn_store, make_places
 from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import run_alone
-from trainer.config import ModelConfig, Pooling
+from tests.variants import SERVED, TABLES
 from trainer.schema.fields import DEFAULT_SCHEMA
-
-EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
-TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16"
-TABLES_OF_INPUTS = f"{TABLES}, shop: 32, both: 64, scene_item: 64, tags: 32"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad", "model__compute_dtype": "float64"},
-    "mlp_concat": {"model__pooling": "concat", "model__pooling_length": 3}
-    | {"model__image_products": "false", "model__multi_hot": "sum"},
-    "din_inputs": {"schema": "inputs", "tables": TABLES_OF_INPUTS, "model__base": "din", "model__pooling": "mean"},
-    "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query"},
-    "two_tower": {"model__base": "two_tower", "model__pooling": "sum"}
-    | {"model__image_dropout": 0.3, "model__id_dropout": 0.3},
-    "contents": {"schema": "contents", "data__missing": "learned"} | {"model__base": "dcn", "model__pooling": "max"},
-    "id_proxy": {"model__id_proxy": "true", "model__id_dropout": 0.3, "data__missing": "learned"},
-    "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
-    | {"data__missing": "error", "data__store_version": 1},
-    "images_none": {"model__images": "none", "optim__ids": "rowwise_adagrad"},
-    "images_behavior": {"model__images": "behavior"},
-}
-"""Settings of a run, by name; `schema` names what its schema has besides the packaged fields.
-
-A run takes seconds to train, export and explain: one has several kinds, of which none hides another.
-"""
-VARIANTS |= {  # an aggregator that is not above has a variant of its own
-    pooling: {"model__pooling": pooling}
-    for pooling in get_args(Pooling)
-    if pooling not in {settings.get("model__pooling", ModelConfig().pooling) for settings in VARIANTS.values()}
-}
 
 INPUTS: list[dict[str, Any]] = [
     {"name": "ad_price", "side": "ad", "kind": "dense", "transform": "log_standardize", "fill": "mean"},
@@ -171,7 +142,7 @@ def shared_places(factory: pytest.TempPathFactory) -> Places:
 
 def trained(places: Places, name: str) -> Path:
     """Train a variant, unless another process of this test run has; gives its folder."""
-    made_once(places.folder, f"run-{name}", lambda: train_run(places, name, **VARIANTS[name]))
+    made_once(places.folder, f"run-{name}", lambda: train_run(places, name, **SERVED[name]))
     return places.folder / "runs" / name
 
 

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
-from scenarios import SEED
 from torch import Tensor
 from worlds import Sample
 
 from featurestore.keys import shard_of, splitmix64
+from tests.variants import SEED
 from trainer.config import OptimConfig
 from trainer.ids.exact import ExactShape, first_vectors
 from trainer.optim import BETA1, BETA2

@@ -42,13 +42,13 @@ def _din(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """Behaviour k is [its item, its image id]; its weight is the unit's score, and the weights do not sum to one."""
     query = torch.cat(_ad_ids(r, s, new_ad)[:2])
     unit = "model.attention.unit"
-    matched = r.dense[f"{unit}.match.weight"] @ query if r.scenario.numbers else query
+    matched = r.dense[f"{unit}.match.weight"] @ query if r.variant.numbers else query
     total = torch.zeros(len(matched), dtype=r.dtype)
     behaviors = zip(s.behavior_item, s.behavior_image, s.item_weight, s.behavior_age, strict=True)
     for item, image, weight, age in behaviors:
-        times = weight if r.scenario.weighted else 1
+        times = weight if r.variant.weighted else 1
         key = [times * r.id_vector("item", item), r.id_vector("image", image)]
-        key += [r.id_vector("behavior_age", r.age_bucket(age))] if r.scenario.numbers else []
+        key += [r.id_vector("behavior_age", r.age_bucket(age))] if r.variant.numbers else []
         total = total + _score(r, unit, torch.cat(key), query, matched) * torch.cat(key)
     return _mlp(r, torch.cat([_inputs(r, s, new_ad, summed=False), total]))
 
@@ -97,13 +97,13 @@ def _inputs(r: "Reference", s: Sample, new_ad: bool, summed: bool = True) -> Ten
 
 def _user(r: "Reference", s: Sample, summed: bool) -> list[Tensor]:
     behaviors = [r.items(s), r.pooled("image", s.behavior_image)] if summed else []
-    if summed and r.scenario.numbers:
+    if summed and r.variant.numbers:
         behaviors.append(r.pooled("behavior_age", tuple(r.age_bucket(age) for age in s.behavior_age)))
     return [r.id_vector("user", s.user), *behaviors, _age(r, s)]
 
 
 def _age(r: "Reference", s: Sample) -> Tensor:
-    if not r.scenario.numbers:
+    if not r.variant.numbers:
         return _number(r, s.age)
     mean, std = r.learned["income"]
     income = 0.0 if math.isnan(s.income) else (math.log1p(np.float32(s.income)) - mean) / std
@@ -112,7 +112,7 @@ def _age(r: "Reference", s: Sample) -> Tensor:
 
 def _price(r: "Reference", s: Sample) -> Tensor:
     values = [float(np.float32(each)) for each in s.ad_price]
-    if not r.scenario.numbers:
+    if not r.variant.numbers:
         return _number(r, *values)
     mean, std = r.learned["ad_rate"]
     rate = (filled(s.ad_rate) - mean) / std
@@ -126,21 +126,21 @@ def filled(rate: float) -> float:
 
 def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     known = 0 if new_ad else 1
-    times = s.ad_weight if r.scenario.weighted else 1
+    times = s.ad_weight if r.variant.weighted else 1
     ids = [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
-    if r.scenario.words:
+    if r.variant.words:
         ids.append(known * r.id_vector("item", pair_of(s)))
     if r.config.id_proxy:
-        for place, name in enumerate(["ad_item", "ad_image_id", "ad_pair"][: 3 if r.scenario.words else 2]):
+        for place, name in enumerate(["ad_item", "ad_image_id", "ad_pair"][: 3 if r.variant.words else 2]):
             ids[place] = _proxy(r, s, name) + ids[place]
-    if r.scenario.numbers:
+    if r.variant.numbers:
         ids.append(r.id_vector("ad_price_bucket", sum(s.ad_price[0] >= start for start in (-0.5, 0.0, 0.5))))
     return ids
 
 
 def _proxy(r: "Reference", s: Sample, field: str) -> Tensor:
     """What the ad's visual vectors say about one of its own IDs."""
-    contents = ["image", *(["text"] if r.scenario.texts else [])]
+    contents = ["image", *(["text"] if r.variant.texts else [])]
     net, visual = f"model.id_proxy.nets.{field}", torch.cat([_of_ad(r, s, each) for each in contents])
     hidden = torch.relu(r.dense[f"{net}.0.weight"] @ visual + r.dense[f"{net}.0.bias"])
     return r.dense[f"{net}.2.weight"] @ hidden + r.dense[f"{net}.2.bias"]
@@ -152,7 +152,7 @@ def _number(r: "Reference", *values: float) -> Tensor:
 
 def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     """The ad's visual vectors, then the behaviours' of each content, aggregated."""
-    contents = ["image", "text"] if r.scenario.texts else ["image"]
+    contents = ["image", "text"] if r.variant.texts else ["image"]
     of_ad = [_of_ad(r, s, c) for c in contents] if r.config.images in ("ad", "both") else []
     if r.config.images not in ("behavior", "both"):
         return of_ad

@@ -1,6 +1,6 @@
 """Whether a GPU trains as the CPU does:  python tests/trainer/equivalence/on_device.py --device cuda
 
-Every scenario is trained on the CPU and twice on the device. The losses have to be the CPU's up to rounding, and the
+Every variant is trained on the CPU and twice on the device. The losses have to be the CPU's up to rounding, and the
 same bits both times; so have the weights and rows at the end. `--device cpu` runs the same where there is no GPU.
 """
 
@@ -11,18 +11,18 @@ from typing import Annotated
 
 import torch
 import typer
-from scenarios import SCENARIOS, TOLERANCE
 from worker import run
 from worlds import make_store
 
 from featurestore import FeatureStore
+from tests.variants import TOLERANCE, VARIANTS
 from trainer.comm import SoloComm
 
 
 def differences(store: FeatureStore, name: str, dtype: str, device: str) -> list[str]:
-    """Train one scenario in all three ways; return what differs, a line each."""
+    """Train one variant in all three ways; return what differs, a line each."""
     on_cpu, first, second = (
-        run(SoloComm(), store, SCENARIOS[name], dtype, device=each) for each in ("cpu", device, device)
+        run(SoloComm(), store, VARIANTS[name], dtype, device=each) for each in ("cpu", device, device)
     )
     found = []
     wanted, losses = (torch.tensor(each["losses_P"][0], dtype=torch.float64) for each in (on_cpu, first))
@@ -37,7 +37,7 @@ def differences(store: FeatureStore, name: str, dtype: str, device: str) -> list
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    only: Annotated[list[str] | None, typer.Option(help="A scenario; may be repeated. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A variant; may be repeated. Default: all.")] = None,
 ) -> None:
     """Compare training on a device with training on the CPU."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -46,13 +46,13 @@ def main(
     with tempfile.TemporaryDirectory(prefix="on-device-") as folder:
         make_store(Path(folder) / "store")
         store = FeatureStore.open(Path(folder) / "store")
-        for name in only or SCENARIOS:
-            for dtype in SCENARIOS[name].dtypes:
+        for name in only or VARIANTS:
+            for dtype in VARIANTS[name].dtypes:
                 found = differences(store, name, dtype, device)
                 failed += bool(found)
                 print(f"{name}/{dtype}: {'; '.join(found[:3]) or 'same'}", flush=True)
     if failed:
-        sys.exit(f"error: {failed} scenarios train otherwise on {device}")
+        sys.exit(f"error: {failed} variants train otherwise on {device}")
     print(f"all trained on {device} as on the CPU")
 
 

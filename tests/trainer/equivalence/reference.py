@@ -2,7 +2,7 @@
 
     python reference.py INITIAL OUT
 
-writes for each scenario the losses, the first step's gradients and what is trained after the last step, by the names
+writes for each variant the losses, the first step's gradients and what is trained after the last step, by the names
 that the engine uses. It shares nothing with the engine but what worker.py run alone wrote to INITIAL (initial values,
 and the rows of a compact store), the place of an id's row, and the numbers that dropout draws.
 """
@@ -21,11 +21,11 @@ import torch
 from exact import PlainIds, PlainRows, ids_in
 from forward import filled, logit
 from packing import packed, unpacked
-from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Scenario
 from torch import Tensor
 from torch.nn import functional
 from worlds import Sample, features, steps, texts
 
+from tests.variants import SEED, TEXT_WIDTH, VARIANTS, Variant
 from trainer.engine.wiring import shape_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.shards import TableShape, initial_rows
@@ -38,15 +38,15 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 class Reference:
     """Tensors by name and their optimisers; forward.py is the forward pass."""
 
-    def __init__(self, scenario: Scenario, dtype: str, known: dict[str, Any]) -> None:
-        self.scenario, self.config = scenario, scenario.config(dtype)
+    def __init__(self, variant: Variant, dtype: str, known: dict[str, Any]) -> None:
+        self.variant, self.config = variant, variant.config(dtype)
         self.dtype = getattr(torch, dtype)
         id_width = 1 if self.config.base == "lr" else self.config.id_width
         self.shapes = {
             name: shape_of(name, id_width, table, self.config.table_shards)
             for name, table in self.config.tables.items()
         }
-        if scenario.numbers:
+        if variant.numbers:
             rows = {"behavior_age": 33, "ad_price_bucket": 5}
             shards = self.config.table_shards
             self.shapes |= {name: TableShape(name, id_width, count, shards, True) for name, count in rows.items()}
@@ -55,7 +55,7 @@ class Reference:
         self.dense = {name: value.clone().requires_grad_() for name, value in known["initial"].items()}
         self.adam = torch.optim.Adam(self.dense.values(), betas=(BETA1, BETA2), eps=EPS)
         self.tables = {name: self.first_rows(name).requires_grad_() for name in self.shapes}
-        self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
+        self.rows = {name: PlainRows(table, variant.optim) for name, table in self.tables.items()}
         self.mean_and_std = {
             store: [values.to(self.dtype) for values in both] for store, both in known["mean_and_std"].items()
         }
@@ -65,7 +65,7 @@ class Reference:
             name: {key: value.to(self.dtype) for key, value in values.items()}
             for name, values in {"images": images, "texts": all_texts}.items()
         }
-        self.learned = mean_and_std(scenario) if scenario.numbers else {}
+        self.learned = mean_and_std(variant) if variant.numbers else {}
         self.places: dict[tuple[str, int], int] = {}
         self.touched: dict[str, dict[int, Tensor]] = {}
         self.running: dict[str, Tensor] = {}
@@ -107,7 +107,7 @@ class Reference:
 
     def items(self, s: Sample) -> Tensor:
         """Mean or sum of the rows of the behaviours' items."""
-        return self.pooled("item", s.behavior_item, s.item_weight if self.scenario.weighted else ())
+        return self.pooled("item", s.behavior_item, s.item_weight if self.variant.weighted else ())
 
     def age_bucket(self, seconds: float) -> int:
         """How often 1 can be doubled to get to the age, and one more; 0 below one second."""
@@ -121,13 +121,13 @@ class Reference:
         store = f"stores.{store_name}"
         feature_of = self.feature_of[store_name]
         if key not in feature_of:
-            if self.scenario.missing == "learned":
+            if self.variant.missing == "learned":
                 return self.dense[f"{store}.no_image"]
             return torch.zeros(self.width_of_content(field), dtype=self.dtype)
         hidden = feature_of[key]
-        if self.scenario.standardized:
+        if self.variant.standardized:
             mean, std = self.mean_and_std[store_name]
-            if self.scenario.compact:
+            if self.variant.compact:
                 std = (sum(each**2 for each in std) / len(std)) ** 0.5
             hidden = (hidden - mean) / std
         for layer in range(3):
@@ -178,8 +178,8 @@ class Reference:
         """Mean loss, and the gradients; moves every parameter."""
         self.touched = {}
         for name, exact in self.exact.items():
-            if self.scenario.steps_of_day and number % self.scenario.steps_of_day == 0:
-                exact.expire_rows(number // self.scenario.steps_of_day, self.rows[name])
+            if self.variant.steps_of_day and number % self.variant.steps_of_day == 0:
+                exact.expire_rows(number // self.variant.steps_of_day, self.rows[name])
             exact.admit(ids_in(samples, name), self.rows[name])
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
@@ -187,7 +187,7 @@ class Reference:
         loss = functional.binary_cross_entropy_with_logits(torch.stack(self.logits(samples, number)), label)
         loss.backward()
         gradients = {name: value.grad.clone() for name, value in self.dense.items()}
-        optim = self.scenario.optim
+        optim = self.variant.optim
         share = optim.lr_gamma ** (number // optim.lr_every) * min(1, (number + 1) / max(1, optim.warmup_steps))
         for table, rows in self.rows.items():
             gradients[table] = rows.step(sorted(self.touched.get(table, ())), optim.alpha * share)
@@ -213,9 +213,9 @@ class Reference:
         return state
 
 
-def mean_and_std(scenario: Scenario) -> dict[str, tuple[float, float]]:
+def mean_and_std(variant: Variant) -> dict[str, tuple[float, float]]:
     """Of the logarithm of incomes, once a session, missing ones left out; and of rates, missing ones filled."""
-    samples = [sample for batch in steps(scenario) for sample in batch]
+    samples = [sample for batch in steps(variant) for sample in batch]
     known = {s.session: math.log1p(np.float32(s.income)) for s in samples if not math.isnan(s.income)}
     numbers = {"income": list(known.values()), "ad_rate": [filled(s.ad_rate) for s in samples]}
     return {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in numbers.items()}
@@ -231,8 +231,8 @@ def outcome_of(initial: Path, run: str) -> bytes:
     """All that the reference writes of one run, NAME/DTYPE, packed."""
     torch.set_num_threads(1)
     name, dtype = run.split("/")
-    model = Reference(SCENARIOS[name], dtype, known_of(initial)[run])
-    outcomes = [model.step(samples, number) for number, samples in enumerate(steps(SCENARIOS[name]))]
+    model = Reference(VARIANTS[name], dtype, known_of(initial)[run])
+    outcomes = [model.step(samples, number) for number, samples in enumerate(steps(VARIANTS[name]))]
     result = {
         "losses": [loss for loss, _ in outcomes],
         "gradients": outcomes[0][1],
@@ -244,8 +244,8 @@ def outcome_of(initial: Path, run: str) -> bytes:
 
 
 def main(initial: Path, out: Path) -> None:
-    """All scenarios, on all processors: they have nothing to do with each other."""
-    runs = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
+    """All variants, on all processors: they have nothing to do with each other."""
+    runs = [f"{name}/{dtype}" for name, variant in VARIANTS.items() for dtype in variant.dtypes]
     torch.optim.Adam([torch.zeros(1)])  # imports torch's compiler: here, once for all of them
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(functools.partial(outcome_of, initial), runs)

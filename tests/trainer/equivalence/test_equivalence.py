@@ -1,7 +1,7 @@
 """P ranks equal one process: the test that the exchange, the sharding and every reduction of a gradient rest on.
 
-The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
-equivalence/scenarios.py run in one job for each P, because ranks take long to start; one rank is this process, and two
+The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All variants of
+tests/variants.py run in one job for each P, because ranks take long to start; one rank is this process, and two
 are those that stay for many tests. `make test` makes all runs alone and on two ranks of Horovod, and those of `FEW` on
 four ranks and on two of torch; `make test-slow` makes the others there, on four ranks also the other ways, and all of
 them on eight ranks and on four of torch.
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from tests.ranks import Forks, StandingRanks, TorchRanks
 from tests.trainer.equivalence.packing import packed, unpacked
-from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
+from tests.variants import FEW, TOLERANCE, VARIANTS, has_other_ways
 from trainer.config import BaseNet, IdOptimizer, Pooling
 from trainer.ids.optimizers import state_of
 
-pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
+pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its variants
 
 HERE = Path(__file__).parent
 OF_ATTENTION = ".channels."
 LEAST_OF_ATTENTION = 1e-4  # before a softmax, gradients cancel: a query's bias moves by what rounding leaves of them
-ALL_RUNS = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
-RUNS = [run for run in ALL_RUNS if SCENARIOS[run.partition("/")[0]].most_ranks >= 8]
+ALL_RUNS = [f"{name}/{dtype}" for name, variant in VARIANTS.items() for dtype in variant.dtypes]
+RUNS = [run for run in ALL_RUNS if VARIANTS[run.partition("/")[0]].most_ranks >= 8]
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)
@@ -53,7 +53,7 @@ TIMEOUT_S = 600
 
 
 class Job(dict[str, dict]):
-    """Results of the scenarios on P ranks; the few and the rest, where told apart, are two jobs, run when asked for."""
+    """Results of the variants on P ranks; the few and the rest, where told apart, are two jobs, run when asked for."""
 
     def __init__(self, folder: Path, num_ranks: int, fixture: Fixture) -> None:
         super().__init__()
@@ -112,10 +112,10 @@ def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> 
     assert sorted(reference) == sorted(ALL_RUNS)
     full = [reference[f"exact_evicting{each}/float64"]["evicted"] for each in ("", "_rank_without_data")]
     assert min(full[0]["user"], full[0]["item"], full[0]["image"], full[1]["user"], full[1]["image"]) >= 15, full
-    models = [scenario.config("float64") for scenario in SCENARIOS.values()]
+    models = [variant.config("float64") for variant in VARIANTS.values()]
     assert {model.pooling for model in models} == {*get_args(Pooling)}
     assert {model.base for model in models} == {*get_args(BaseNet)}
-    assert {scenario.optim.ids for scenario in SCENARIOS.values()} == {*get_args(IdOptimizer)}
+    assert {variant.optim.ids for variant in VARIANTS.values()} == {*get_args(IdOptimizer)}
 
 
 @pytest.mark.parametrize(("num_ranks", "run"), RUNS_ON_RANKS)
@@ -124,13 +124,13 @@ def test_ranks_equal_one_process(
 ) -> None:
     """Losses, first gradients, parameters and optimisers after the last step, rows that make room and expire, and the
     collectives."""
-    scenario, found, expected = SCENARIOS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
+    variant, found, expected = VARIANTS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
     losses_P = torch.tensor(found["losses_P"], dtype=torch.float64)
-    assert losses_P.shape == (num_ranks, scenario.steps) and (losses_P == losses_P[0]).all()
+    assert losses_P.shape == (num_ranks, variant.steps) and (losses_P == losses_P[0]).all()
     losses = torch.tensor(expected["losses"], dtype=torch.float64)
     torch.testing.assert_close(losses_P[0], losses, rtol=_tolerance(run), atol=0)
     gradients = expected["gradients"]
-    if "momentum" not in {part.name for part in state_of(scenario.optim)}:
+    if "momentum" not in {part.name for part in state_of(variant.optim)}:
         # The first gradients of ID rows are not to be seen.
         gradients = {name: value for name, value in gradients.items() if name in found["gradients"]}
     _assert_same(found["gradients"], gradients, _tolerance(run))
@@ -143,14 +143,14 @@ def test_ranks_equal_one_process(
     assert bool(counts) == run.startswith("exact")
     assert (found["expired"], found["evicted"]) == (expected["expired"], expected["evicted"])
     assert (min(found["expired"].values(), default=0) >= 2) == (run == "exact/float64"), found["expired"]
-    assert found["calls"] == {f"step.{each}": scenario.steps for each in _collectives(run.partition("/")[0], num_ranks)}
+    assert found["calls"] == {f"step.{each}": variant.steps for each in _collectives(run.partition("/")[0], num_ranks)}
 
 
 def _collectives(name: str, num_ranks: int) -> list[str]:
     """List those of a step: two forward and one backward, which a rank alone does without, and those of gradients."""
     widths = {"two_widths": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
-    widths = [3, 5] if "texts" in name else widths
-    dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
+    widths = [3, 5] if VARIANTS[name].texts else widths
+    dense = ("model",) if VARIANTS[name].model.get("images") == "none" else ("model", "stores")
     names = ["keys", *(f"{kind}.{width}" for kind in ("vectors", "gradients") for width in widths)]
     return [*(names if num_ranks > 1 else []), *(f"dense.{part}" for part in dense)]
 
@@ -174,14 +174,14 @@ def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results
 
 @pytest.mark.parametrize("num_ranks", OTHER_WAYS_RANKS)
 class TestOverlap:
-    """Of the first scenario, other ways to get through its steps."""
+    """Of the first variant, other ways to get through its steps."""
 
     def test_slow_and_fast_ranks_change_no_bit(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
-        delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["both_attentive/float64"]
+        delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["plain/float64"]
         assert delayed["losses_P"] == usual["losses_P"]
         assert all(torch.equal(delayed["trained"][name], value) for name, value in usual["trained"].items())
 
-    @pytest.mark.parametrize("name", ["both_attentive", "sum_rank_without_data"])
+    @pytest.mark.parametrize("name", ["plain", "sum_rank_without_data"])
     def test_features_held_on_the_device_change_nothing(
         self, num_ranks: int, name: str, results_of: Callable[[int], Results]
     ) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.equivalence.scenarios import STEPS
 from tests.trainer.standing_ranks import run
+from tests.variants import STEPS
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 
 pytestmark = pytest.mark.long
@@ -15,9 +15,9 @@ SCRIPT = str(Path(__file__).with_name("on_device.py"))
 
 
 def test_the_cpu_trains_as_the_cpu() -> None:
-    code, said = run([SCRIPT, "--device", "cpu", "--only", "ids_only"])
+    code, said = run([SCRIPT, "--device", "cpu", "--only", "images_none"])
     assert code == 0, said
-    assert said.splitlines() == ["ids_only/float64: same", "all trained on cpu as on the CPU"]
+    assert said.splitlines() == ["images_none/float64: same", "all trained on cpu as on the CPU"]
 
 
 def test_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +39,6 @@ def test_other_losses_are_told(first: int, says: str, monkeypatch: pytest.Monkey
         return steps(engine, prepared)
 
     monkeypatch.setattr(Engine, "train_step", otherwise)
-    code, said = run([SCRIPT, "--device", "cpu", "--only", "ids_only"])
+    code, said = run([SCRIPT, "--device", "cpu", "--only", "images_none"])
     of_run, end = said.splitlines()
-    assert code == 1 and says in of_run and end == "error: 1 scenarios train otherwise on cpu"
+    assert code == 1 and says in of_run and end == "error: 1 variants train otherwise on cpu"

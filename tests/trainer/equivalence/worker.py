@@ -1,4 +1,4 @@
-"""Every scenario on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT PART
+"""Every variant on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT PART
 
 Rank 0 writes to OUT what the engine did: losses on every rank, number of collectives, first gradients, final state; the
 same with delays; and how each rank ended where one fails.
@@ -20,12 +20,12 @@ from unittest.mock import Mock, patch
 import numpy as np
 import torch
 from packing import packed, unpacked
-from scenarios import SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_ways, runs_of
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
 from featurestore.format.codec import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
+from tests.variants import SCHEMA_OF_LEARNED, SEED, VARIANTS, Variant, has_other_ways, runs_of
 from trainer.comm import Comm, connect
 from trainer.config import Config, RunConfig, TrainConfig
 from trainer.engine.engine import Engine
@@ -38,10 +38,10 @@ from trainer.samples.survey import measure
 from trainer.stages import Stages, prepare_ahead
 
 
-def urls_of(store: FeatureStore, scenario: Scenario) -> dict[str, str]:
-    """Where the stores of a scenario are, by name."""
-    made = "-compact" if scenario.compact else ""
-    return {"images": f"{store.url}{made}", **({"texts": f"{store.url}-texts"} if scenario.texts else {})}
+def urls_of(store: FeatureStore, variant: Variant) -> dict[str, str]:
+    """Where the stores of a variant are, by name."""
+    made = "-compact" if variant.compact else ""
+    return {"images": f"{store.url}{made}", **({"texts": f"{store.url}-texts"} if variant.texts else {})}
 
 
 @cache
@@ -51,45 +51,45 @@ def statistics_of(url: str) -> FeatureStatistics:
 
 @cache
 def partition_of(url: str, rank: int, num_ranks: int, missing: str) -> FeaturePartition:
-    """Read once for all scenarios: no run changes it."""
+    """Read once for all variants: no run changes it."""
     return FeaturePartition.load(
         FeatureStore.open(url), rank, num_ranks, cache_dir=f"{url}-cache-{num_ranks}", missing=missing
     )
 
 
 def engine_of(
-    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, device: str = "cpu", *, held: bool = False
+    comm: Comm, store: FeatureStore, variant: Variant, dtype: str, device: str = "cpu", *, held: bool = False
 ) -> Engine:
     """An engine over this rank's part of the stores."""
-    urls = urls_of(store, scenario)
-    partitions = {name: partition_of(url, comm.rank, comm.size, scenario.missing) for name, url in urls.items()}
+    urls = urls_of(store, variant)
+    partitions = {name: partition_of(url, comm.rank, comm.size, variant.missing) for name, url in urls.items()}
     statistics = {name: statistics_of(url) for name, url in urls.items()}
     own = {"train": TrainConfig(seed=SEED), "run": RunConfig(features_on_device=held or "auto")}
-    config = Config(model=scenario.config(dtype), optim=scenario.optim, **own)
-    known = statistics if scenario.standardized else None
-    with patch.object(CtrModel, "starts_by_xavier", not scenario.biased):
-        return Engine(comm, scenario.schema, partitions, config, statistics=known, device=device)
+    config = Config(model=variant.config(dtype), optim=variant.optim, **own)
+    known = statistics if variant.standardized else None
+    with patch.object(CtrModel, "starts_by_xavier", not variant.biased):
+        return Engine(comm, variant.schema, partitions, config, statistics=known, device=device)
 
 
 def run(
-    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, device: str = "cpu", *, held: bool = False
+    comm: Comm, store: FeatureStore, variant: Variant, dtype: str, device: str = "cpu", *, held: bool = False
 ) -> dict[str, object]:
     """All steps; each one is prepared in a thread beside the one before, as in a real run."""
-    if scenario.numbers:
+    if variant.numbers:
         index = open_index(comm, f"{store.url}-samples", "train", SCHEMA_OF_LEARNED)
-        scenario = replace(scenario, statistics=measure(comm, index, SCHEMA_OF_LEARNED))
-    engine = engine_of(comm, store, scenario, dtype, device, held=held)
+        variant = replace(variant, statistics=measure(comm, index, SCHEMA_OF_LEARNED))
+    engine = engine_of(comm, store, variant, dtype, device, held=held)
     initial = {name: parameter.detach().clone() for name, parameter in engine._dense.parameters.items()}
     batches = []
-    for number, samples in enumerate(steps(scenario)):
-        mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
+    for number, samples in enumerate(steps(variant)):
+        mine = slice_of_rank(samples, variant.deal, number, comm.rank, comm.size)
         batches.append(
-            batch_of_file(mine, samples, scenario.schema) if scenario.words else batch_of(mine, samples, scenario)
+            batch_of_file(mine, samples, variant.schema) if variant.words else batch_of(mine, samples, variant)
         )
-    losses, gradients, coming, steps_of_day = [], {}, iter(batches), scenario.steps_of_day or len(batches)
+    losses, gradients, coming, steps_of_day = [], {}, iter(batches), variant.steps_of_day or len(batches)
     CALLS.clear()
     for first in range(0, len(batches), steps_of_day):
-        if scenario.steps_of_day:
+        if variant.steps_of_day:
             engine.expire_rows(date(2026, 1, 1 + first // steps_of_day))
         with contextlib.closing(prepare_ahead(steps_of_day, lambda: engine.prepare(next(coming)))) as prepared:
             for number, result in enumerate(prepared, first):
@@ -99,8 +99,8 @@ def run(
     calls = {name: count for name, count in Counter(CALLS).items() if name.startswith("step.")}
     return {
         "initial": initial,
-        "mean_and_std": {name: mean_and_std(url) for name, url in urls_of(store, scenario).items()},
-        "decoded": decoded(urls_of(store, scenario)["images"]) if scenario.compact else None,
+        "mean_and_std": {name: mean_and_std(url) for name, url in urls_of(store, variant).items()},
+        "decoded": decoded(urls_of(store, variant)["images"]) if variant.compact else None,
         "losses_P": comm.allgather_object(losses),
         "calls": calls,
         "gradients": gradients,
@@ -151,7 +151,7 @@ def gathered(comm: Comm, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
     """How every rank ends where a key has no feature, and where the last rank cannot read its samples."""
-    missing = Scenario({"images": "both"}, lacking=True)
+    missing = Variant({"images": "both"}, lacking=True)
     engine, result = engine_of(comm, store, missing, "float64"), {}
     samples = steps(missing)[0]
     batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), samples)
@@ -180,7 +180,7 @@ def ending_of(comm: Comm, work: Callable[[], object]) -> list[str]:
 
 def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
     """How every rank ends where E fails on the last one; whether the engine is then as it was before, and goes on."""
-    usual = SCENARIOS["both_attentive"]
+    usual = VARIANTS["plain"]
     engine = engine_of(comm, store, usual, "float64")
     batches = [batch_of(slice_of_rank(each, "even", 0, comm.rank, comm.size), each) for each in steps(usual)[:3]]
     engine.train_step(engine.prepare(batches[0]))  # momentum moves what gets no gradient
@@ -224,7 +224,7 @@ def delays(rank: int) -> AbstractContextManager[object]:
 
 
 def main(store_url: str, out: Path, part: str) -> None:
-    """Run the scenarios of a part, one after the other, in one job: ranks take seconds to start.
+    """Run the variants of a part, one after the other, in one job: ranks take seconds to start.
 
     One rank makes the stores before, so it has to run first.
     """
@@ -234,7 +234,7 @@ def main(store_url: str, out: Path, part: str) -> None:
         make_store(Path(store_url))
     store = FeatureStore.open(store_url)
     results: dict[str, object] = {
-        f"{name}/{dtype}": run(comm, store, SCENARIOS[name], dtype) for name, dtype in runs_of(comm.size, part)
+        f"{name}/{dtype}": run(comm, store, VARIANTS[name], dtype) for name, dtype in runs_of(comm.size, part)
     }
     if has_other_ways(comm.size, part):
         results |= other_ways(comm, store)
@@ -247,12 +247,12 @@ def main(store_url: str, out: Path, part: str) -> None:
 
 
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
-    """Run the usual scenario late, and with features held in memory."""
+    """Run the usual variant late, and with features held in memory."""
     results: dict[str, object] = {}
     with delays(comm.rank):
-        results["delayed"] = {**run(comm, store, SCENARIOS["both_attentive"], "float64"), "initial": None}
-    for name in ("both_attentive", "sum_rank_without_data"):
-        results[f"{name} held"] = {**run(comm, store, SCENARIOS[name], "float64", held=True), "initial": None}
+        results["delayed"] = {**run(comm, store, VARIANTS["plain"], "float64"), "initial": None}
+    for name in ("plain", "sum_rank_without_data"):
+        results[f"{name} held"] = {**run(comm, store, VARIANTS[name], "float64", held=True), "initial": None}
     return results
 
 

@@ -1,4 +1,4 @@
-"""The data of the scenarios: feature stores, samples, who gets which of them, and batches."""
+"""The data of the variants: feature stores, samples, who gets which of them, and batches."""
 
 import itertools
 import math
@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.remake import remake
+from tests.variants import DIM, NUM_SHARDS, SEED, TEXT_DIM, Variant
 from trainer.samples.columns import bucket_ids, decode, dense_values, rules_of
 from trainer.samples.index import Piece
 from trainer.samples.reader import Batch, Jagged, assemble
@@ -99,8 +99,8 @@ def make_store(path: Path) -> None:
 
 
 def _write_samples(folder: Path) -> None:
-    """The columns of `SCHEMA_OF_LEARNED`, of all steps of scenarios with numbers, in row groups of three sessions."""
-    samples = [sample for batch in steps(Scenario({}, numbers=True)) for sample in batch]
+    """The columns of `SCHEMA_OF_LEARNED`, of all steps of variants with numbers, in row groups of three sessions."""
+    samples = [sample for batch in steps(Variant({}, numbers=True)) for sample in batch]
     groups = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.session)]
     columns: dict[str, list[Any]] = {name: [getattr(group[0], name) for group in groups] for name in ("user", "income")}
     for name in ("label", "ad_item", "ad_rate"):
@@ -118,14 +118,14 @@ def _make(url: str, name: str, table: dict[int, np.ndarray]) -> FeatureStore:
     return store
 
 
-def steps(scenario: Scenario) -> list[list[Sample]]:
+def steps(variant: Variant) -> list[list[Sample]]:
     """The global batches, the same for any number of ranks."""
     draw = np.random.default_rng(SEED + 1)
-    images = keys_in_one_shard() if scenario.one_shard else list(features())[:90]
-    if scenario.lacking:
+    images = keys_in_one_shard() if variant.one_shard else list(features())[:90]
+    if variant.lacking:
         images = [*images[:20], 11, 12, 13, 14]  # keys without a feature
     session, result = 0, []
-    for _ in range(scenario.steps):
+    for _ in range(variant.steps):
         samples: list[Sample] = []
         size = int(draw.integers(3, 12))
         while len(samples) < size:
@@ -139,11 +139,11 @@ def steps(scenario: Scenario) -> list[list[Sample]]:
                 samples.append(
                     Sample(
                         session,
-                        user=_id(scenario, "user", session % 30),
+                        user=_id(variant, "user", session % 30),
                         age=float(session % 7) / 7,
-                        behavior_item=tuple(_id(scenario, "item", int(b) % 30 - 15) for b in behaviors),
+                        behavior_item=tuple(_id(variant, "item", int(b) % 30 - 15) for b in behaviors),
                         behavior_image=tuple(images[b] for b in behaviors),
-                        ad_item=_id(scenario, "item", ad % 30 - 15),
+                        ad_item=_id(variant, "item", ad % 30 - 15),
                         ad_image=images[ad],
                         ad_price=(float(draw.normal()), float(draw.normal())),
                         label=int(draw.integers(0, 2)),
@@ -153,8 +153,8 @@ def steps(scenario: Scenario) -> list[list[Sample]]:
     return result
 
 
-def _id(scenario: Scenario, what: str, number: int) -> int:
-    return hashed(f"{what} ü{number}") if scenario.words else number
+def _id(variant: Variant, what: str, number: int) -> int:
+    return hashed(f"{what} ü{number}") if variant.words else number
 
 
 def pair_of(s: Sample) -> int:
@@ -172,17 +172,17 @@ def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ra
     return samples[rank * len(samples) // num_ranks : (rank + 1) * len(samples) // num_ranks]
 
 
-def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenario | None = None) -> Batch:
+def batch_of(samples: list[Sample], global_batch: list[Sample], variant: Variant | None = None) -> Batch:
     """Samples of one rank, in a row in the global batch, as the arrays that the engine takes."""
     sessions = list(dict.fromkeys(s.session for s in samples))
     groups = [next(s for s in samples if s.session == session) for session in sessions]
     age, price = np.array([g.age for g in groups], np.float32), np.array([s.ad_price for s in samples], np.float32)
     buckets, learned, weights = {}, {}, {}
-    if scenario is not None and scenario.weighted:
+    if variant is not None and variant.weighted:
         weights["behavior_item"] = np.array([weight for g in groups for weight in g.item_weight], np.float32)
         weights["ad_item"] = np.array([s.ad_weight for s in samples], np.float32)
-    if scenario is not None and scenario.numbers:
-        known = {field.name: field for field in scenario.schema.fields}
+    if variant is not None and variant.numbers:
+        known = {field.name: field for field in variant.schema.fields}
         ages = np.array([age for g in groups for age in g.behavior_age], np.float32)
         lengths, ones = [len(g.behavior_age) for g in groups], np.ones(len(samples), np.int32)
         buckets["behavior_age"] = Jagged(bucket_ids(known["behavior_age"], ages), np.array(lengths, np.int32))

@@ -24,7 +24,7 @@ from explorer.errors import ExplorerError
 from explorer.places import Places as ShownPlaces
 from featurestore.store import FeatureStore
 from tests.explorer.world import World
-from tests.serving.scoring.variants import GONE, TABLES, VARIANTS, shared_places
+from tests.serving.scoring.variants import GONE, SERVED, TABLES, shared_places
 from tests.serving.scoring.variants import trained as trained_variant
 from tests.trainer.conftest import Places
 from tests.trainer.samples.reading import rewrite
@@ -38,7 +38,7 @@ from trainer.schema.fields import DEFAULT_SCHEMA
 pytestmark = pytest.mark.long
 
 TOLERANCE = 2e-5
-KINDS = ["lr", "din_inputs", "contents", "id_proxy", "exact", "images_none", "images_behavior"]
+KINDS = ["lr", "inputs", "contents", "id_proxy", "exact", "images_none", "images_behavior"]
 """Every kind of columns, images and tables that the pages tell apart; of nets they know nothing."""
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
 TEST = Path("test/day=2026-01-01.parquet")
@@ -60,7 +60,7 @@ class Runs:
         self.samples = pq.read_table(self.folder / "samples" / TEST, partitioning=None)
 
     def trained(self, kind: str) -> Path:
-        return trained_variant(self.places, kind) if kind in VARIANTS else self.folder / "runs" / kind
+        return trained_variant(self.places, kind) if kind in SERVED else self.folder / "runs" / kind
 
     def use(self, kind: str) -> AbstractContextManager[OpenedRun]:
         self.trained(kind)
@@ -158,7 +158,7 @@ def test_a_behaviour_taken_away_is_a_user_without_it(kind: str, runs: Runs, tmp_
     np.testing.assert_allclose(found, logit_N[first], atol=TOLERANCE)
 
 
-@of_kinds("lr", "din_inputs", "contents", "id_proxy", "exact", "images_behavior")
+@of_kinds("lr", "inputs", "contents", "id_proxy", "exact", "images_behavior")
 def test_another_picture_is_samples_with_that_picture(kind: str, runs: Runs, tmp_path: Path) -> None:
     keys = [1_000, 1_017, 1_044, GONE[0], 77]
     with runs.use(kind) as opened:
@@ -214,7 +214,7 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(ru
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
-@of_kinds("lr", "id_proxy", "finalmlp", "din_inputs", "images_behavior", "two_tower")
+@of_kinds("lr", "id_proxy", "finalmlp", "inputs", "images_behavior", "two_towers")
 def test_attention(kind: str, runs: Runs) -> None:
     channels = {"finalmlp": 2, "id_proxy": 1, "images_behavior": 1}.get(kind, 0)
     with runs.use(kind) as opened:
@@ -268,7 +268,7 @@ def check_sent(runs: Runs, opened: OpenedRun, key: int, number: int, ad: int, pa
     assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
-@of_kinds("lr", "two_tower", "id_proxy")
+@of_kinds("lr", "two_towers", "id_proxy")
 def test_a_sent_picture_has_the_score_of_its_feature(kind: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with runs.use(kind) as opened:
         for number in (5, 7):
