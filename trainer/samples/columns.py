@@ -294,13 +294,13 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     """Raise SchemaError for the columns of `file` that are missing or of another type than the rules say."""
     problems, missing = [], []
     for column, rule in source_columns(rules).items():
-        expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
+        wanted = str(rule) + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
         if not (count := found.names.count(column)):
-            missing.append(f"column {column} is missing, {expected}")
+            missing.append(Problem.COLUMN_MISSING.of(column, wanted))
         elif count > 1:
-            problems.append(f"{file}: column {column} is in it {count} times; write the file with only one")
+            problems.append(Problem.COLUMN_REPEATED.of(file, column, count))
         elif not _fits(found.field(column).type, rule):
-            problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
+            problems.append(Problem.COLUMN_OF_OTHER_TYPE.of(file, column, found.field(column).type, wanted))
     if missing:
         problems.insert(0, f"{file}: {'; '.join(missing)}; found columns: {', '.join(found.names)}")
     if problems:

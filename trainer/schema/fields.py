@@ -141,7 +141,7 @@ class Field(BaseModel):
             if values is not None and not is_used:
                 raise ValueError(Problem.UNUSED_STATISTIC.of(self.name, setting))
             if values is not None and len(values) != width:
-                raise ValueError(Problem.STATISTIC_OF_OTHER_WIDTH.of(self.name, setting, width))
+                raise ValueError(Problem.STATISTIC_WIDTH.of(self.name, setting, width))
         if self.fill is None:
             return
         if not (self.kind == "dense" or self.is_bucketed):
@@ -249,7 +249,7 @@ def load_schema(path: Path | str | None = None) -> Schema:
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]
     if schema.new_ad_field not in ad_ids:
         near = near_match(schema.new_ad_field, ad_ids) if ad_ids else "the schema has none"
-        raise SchemaError(Problem.WRONG_NEW_AD_FIELD, path, schema.new_ad_field, near)
+        raise SchemaError(Problem.WRONG_NEW_AD, path, schema.new_ad_field, near)
     return schema
 
 
