@@ -15,9 +15,7 @@ class Problem(Sentences):
     COLUMN_OF_TWO_RULES = "column {where}: {owner} reads it as {value} of side {side}, but {other} as {other_rule} of side {other_side}; {hint} in the schema"
     COLUMN_REPEATED = "{where}: column {column} is in it {value} times; write the file with only one"
     COLUMN_TWICE = "{where}: column {value} is in it twice; rename one of them{hint}"
-    CONTEXT_OF_NO_AD = (
-        "field {where}: context=true is for side ad and kinds id, multi_id and dense, not for {kind} of side {side}"
-    )
+    CONTEXT_OF_NO_AD = "field {where}: context=true is for side ad and kinds id, multi_id and dense, not for {its_kind} of side {its_side}"
     DATA_UNREADABLE = "{where} cannot be read: {reason}"
     DICTIONARY_DAMAGED = "{where} is damaged: {reason}; make the samples, or the run, again"
     DIFFERENT_TYPES = "column {where} is {value} in some files and {other} in others; write one of them"

@@ -529,15 +529,11 @@ def _collected(
     for encoded in read_texts(index, row_groups, rules):
         for number, text in zip(encoded.ids_U.tolist(), encoded.texts_U, strict=True):
             if str(number) != text and (first := held.setdefault(number, text)) != text:
-                raise _two_texts(number, first, text)
+                raise DataError(Problem.TWO_TEXTS, number, first, text)
         if len(held) >= TEXTS_HELD:
             yield held
             held = {}
     yield held
-
-
-def _two_texts(number: int, first: str, second: str) -> DataError:
-    return DataError(Problem.TWO_TEXTS, number, first, second)
 
 
 def write_part(path: Path, held: Mapping[int, str]) -> None:
@@ -551,7 +547,8 @@ def _merge(parts: list[RunPath], folder: RunPath) -> None:
         files = [stack.enter_context(_opened(part)) for part in sorted(parts, key=str)]
         path = stack.enter_context(replaced_file(stack.enter_context(written_locally(folder)) / IDS_FILE))
         of_buckets = ([file.read_row_group(bucket) for file in files] for bucket in range(BUCKETS))
-        write_buckets(path, TEXTS, (merged_names(tables, _two_texts) for tables in of_buckets))
+        two_texts = partial(DataError, Problem.TWO_TEXTS)
+        write_buckets(path, TEXTS, (merged_names(tables, two_texts) for tables in of_buckets))
 
 
 def _named(path: RunPath, keys: Iterable[int]) -> dict[int, str]:

@@ -113,11 +113,8 @@ class Field(BaseModel):
     def _fits_its_kind(self) -> Self:
         for setting, kinds in _KINDS_OF.items():
             if (value := getattr(self, setting)) is not None and self.kind not in kinds:
-                raise ValueError(
-                    Problem.SETTING_OF_OTHER_KIND.of(
-                        self.name, setting, value, f"kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}", self.kind
-                    )
-                )
+                known = f"kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}"
+                raise ValueError(Problem.SETTING_OF_OTHER_KIND.of(self.name, setting, value, known, self.kind))
         columns = list(self.columns or ())
         if columns and self.column is not None:
             raise ValueError(Problem.TWO_OF_A_FIELD.of(self.name, f"column={self.column}", f"columns={columns}"))
