@@ -47,19 +47,10 @@ class DataNotFoundError(DataError):
 
 
 class OverflowingValueError(DataError):
-    """A value of a dense field's column, in row `row` of the field, is infinite once its transform is applied."""
+    """A value of a dense field's `column`, in row `row` of the field, is infinite once its transform is applied."""
 
-    def __init__(self, column: str, row: int, value: float) -> None:
-        Exception.__init__(self, column, row, value)
-        self.column, self.row, self.value = column, row, value
-
-    def __str__(self) -> str:
-        return f"column {self.column} has {self.why}"
-
-    @property
-    def why(self) -> str:
-        """The problem with the value, and the way out."""
-        return f"{self.value:g}, which its field's transform makes infinite as float32; correct it or leave it out"
+    column: str
+    row: int
 
 
 class CheckpointError(TrainerError):

@@ -69,7 +69,7 @@ def decode(columns: RequestColumns, sent: SentTable) -> Steps[Decoded]:
     except OverflowingValueError as failure:
         levels = (counts_G,) if columns.rules[failure.column].side == "ad" else ()
         path = sent.names.path(failure.column, places_of(levels, failure.row))
-        raise NotFiniteError(f"{path} has {failure.why}") from None
+        raise NotFiniteError(failure.problem, path, failure.values["value"]) from None
     num_samples = len(ones["ad"])
     batch = Batch(
         **inputs,

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from featurestore.keys import BoolArray, Float64Array, Int64Array
 from trainer.errors import DataError
+from trainer.problems import Problem
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -455,7 +456,4 @@ def check_same_impressions(
     """Raise DataError where two runs, of these names, did not predict the same impressions."""
     mine, theirs = ours.impressions, baseline.impressions
     if not all(np.array_equal(getattr(mine, name), getattr(theirs, name)) for name in ("label_N", "user_N", "ad_N")):
-        raise DataError(
-            f"{names[1]} predicted other impressions ({len(theirs.label_N):,}) than {names[0]} "
-            f"({len(mine.label_N):,}); evaluate both on the same test samples, by --samples"
-        )
+        raise DataError(Problem.OTHER_IMPRESSIONS, names[1], len(theirs.label_N), names[0], len(mine.label_N))

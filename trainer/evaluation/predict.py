@@ -35,6 +35,7 @@ from featurestore.published.versions import VersionName
 from trainer.comm import Comm, SoloComm
 from trainer.errors import SchemaError, TrainerError
 from trainer.evaluation.bootstrap import Metrics, measure, probability
+from trainer.problems import Problem
 from trainer.runs.open import test_reader
 from trainer.runs.saved import (
     EvaluatedRun,
@@ -105,9 +106,7 @@ def gathered(
     real_N2 = comm.allgather(torch.from_numpy(np.concatenate(real)), "scores").numpy()
     whole_KN = comm.allgather(torch.from_numpy(np.concatenate(whole)), "impressions").numpy().T.copy()
     if not np.isfinite(real_N2).all():
-        raise TrainerError(
-            "the model's predictions are not finite numbers; try a lower optim.lr, or an earlier checkpoint"
-        )
+        raise TrainerError(Problem.LOGITS_NOT_FINITE)
     found = dict(zip(names, whole_KN, strict=True))
     return real_N2[:, 0].copy(), Impressions(
         label_N=real_N2[:, 1].astype(np.float32),
@@ -129,7 +128,7 @@ def fields_by(schema: Schema, names: Sequence[str]) -> dict[str, Field]:
     found = {name: known.get(name) or known.get(f"ad_{name}") or known.get(f"user_{name}") for name in names}
     if unknown := [name for name, field in found.items() if field is None]:
         there = ", ".join(field.name for field in single)
-        raise SchemaError(f"--by {unknown[0]}: the schema has no such field of one id a row; it has {there}")
+        raise SchemaError(Problem.BY_UNKNOWN_FIELD, unknown[0], there)
     return {name: field for name, field in found.items() if field is not None}
 
 
@@ -179,10 +178,7 @@ def seconds_of(column: Any, name: str, file: str) -> Any:
         return pc.floor_temporal(column, unit="second").cast(pa.timestamp("s", tz=column.type.tz)).cast(pa.int64())
     if pa.types.is_integer(column.type) and column.type != pa.uint64():
         return column.cast(pa.int64())
-    raise SchemaError(
-        f"{file}: column {name} is {column.type}, expected a timestamp or whole seconds since 1970; "
-        "name another column by time: in the schema file"
-    )
+    raise SchemaError(Problem.NOT_A_TIME, file, name, column.type)
 
 
 AD_IMPRESSIONS = (1, 10, 30, 100, 300, 1000)

@@ -19,6 +19,7 @@ from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.evaluation import bootstrap
 from trainer.evaluation.predict import Impressions, predict, predict_source, slicings_of
+from trainer.problems import Problem
 from trainer.runs.saved import TEST, EvaluatedRun, RunSource, open_source
 
 METRIC_TITLES = {"logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "predicted / clicked"}
@@ -160,7 +161,7 @@ def write_report(folder: RunPath, name: str, values: Mapping[str, Any], plot: Fi
                 page.save_plot(plot, local / "reliability.png")
             files.write_json(local / name, values)
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
+        raise TrainerError(Problem.REPORT_NOT_WRITTEN, name, folder, failure) from failure
 
 
 def show(console: Console, about: Mapping[str, Any], figures: bootstrap.Evaluation, folder: RunPath) -> None:

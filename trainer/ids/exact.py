@@ -43,6 +43,7 @@ from trainer.exchange.routing import unique
 from trainer.exchange.vectors import take_rows
 from trainer.ids.shards import IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
+from trainer.problems import Problem
 
 IDS, LAST_USE, USED_AT, CLOCK, COUNTS, FADED = "ids", "last_use", "used_at", "clock", "counts", "faded"
 """Names in a checkpoint of a shard's arrays other than rows and their optimiser's state."""
@@ -155,11 +156,7 @@ class ExactTable(IdTable):
         if date_ is None:
             if days is None:
                 return
-            raise ConfigError(
-                f"model.tables.{self.shape.name}.expire_days={days} counts the days of the training samples, and not "
-                "all of their files are named by day, as day=2026-01-31.parquet; leave it out, or write the samples "
-                "with: crossmedia samples"
-            )
+            raise ConfigError(Problem.EXPIRY_WITHOUT_DAYS, self.shape.name, days)
         day = self._day = (date_ - date(1970, 1, 1)).days
         self._faded_S[self._faded_S == 0] = day
         if days is None:
@@ -242,10 +239,7 @@ class ExactTable(IdTable):
     def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
         ids_N, num_rows = parts[IDS].numpy(), 1 + len(parts[IDS])
         if num_rows > self.shape.rows_per_shard:
-            raise CheckpointError(
-                f"table {self.shape.name}: a shard of the checkpoint has {num_rows - 1:,} rows, and this run room for "
-                f"{self.shape.rows_per_shard - 1:,}; raise model.tables.{self.shape.name}.max_rows"
-            )
+            raise CheckpointError(Problem.TABLE_TOO_SMALL, self.shape.name, num_rows - 1, self.shape.rows_per_shard - 1)
         self.map.set_ids(slot, ids_N)
         super()._import(slot, parts)
 

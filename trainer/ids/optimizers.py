@@ -15,6 +15,7 @@ from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
 from trainer.ids.shards import IdRows, StatePart
 from trainer.optim import BETA1, BETA2, Rates
+from trainer.problems import Problem
 
 SHARED_STATE = "ids/"
 """Prefix of the names of optimiser state in a checkpoint that is not part of the rows."""
@@ -96,7 +97,7 @@ class Adam(RowOptimizer):
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         if _RATES not in state:
-            raise CheckpointError("the checkpoint has no learning rates of ID rows; set optim.ids as it was")
+            raise CheckpointError(Problem.NO_ROW_RATES)
         self._drift.resume(state[_RATES].tolist())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from featurestore import keys
 from trainer.errors import CheckpointError
+from trainer.problems import Problem
 
 WEIGHT = "weight"
 
@@ -180,13 +181,7 @@ def check_names(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
     """Raise CheckpointError unless both have the same names with the same shapes."""
     missing, unknown = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
     if missing or unknown:
-        raise CheckpointError(
-            f"the checkpoint is of another model: it lacks {len(missing)} tensors, {missing[:5]}, "
-            f"and has {len(unknown)} too many, {unknown[:5]}; use its run's configuration"
-        )
+        raise CheckpointError(Problem.OTHER_TENSORS, len(missing), missing[:5], len(unknown), unknown[:5])
     for name, value in mine.items():
         if value.shape != theirs[name].shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(theirs[name].shape)} in the checkpoint and {tuple(value.shape)} in this run; "
-                "use its run's configuration"
-            )
+            raise CheckpointError(Problem.TENSOR_SHAPE, name, tuple(theirs[name].shape), tuple(value.shape))

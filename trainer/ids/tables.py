@@ -18,6 +18,7 @@ from trainer.exchange.routing import unique_below
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import WEIGHT, IdRows, TableShape, initial_rows, owned_rows
 from trainer.optim import Rates
+from trainer.problems import Problem
 
 LAST_WEIGHT = "last_weight"
 """Name in a checkpoint of the weights as the last step that touched the row left them, where `weight` is newer."""
@@ -105,11 +106,8 @@ class IdTable:
             theirs = parts[part]
             if theirs.shape != mine.shape:
                 name = self._name(self.shards[slot], WEIGHT if part == LAST_WEIGHT else part)
-                raise CheckpointError(
-                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and "
-                    f"{tuple(mine.shape)} in this run; set model.tables.{self.shape.name}, the table's width and "
-                    "model.table_shards as they were"
-                )
+                shapes = tuple(theirs.shape), tuple(mine.shape)
+                raise CheckpointError(Problem.TABLE_SHAPE, name, *shapes, self.shape.name)
             mine.copy_(theirs)
 
     def _name(self, shard: int, part: str) -> str:

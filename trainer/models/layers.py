@@ -21,6 +21,7 @@ from featurestore.lookup.ondevice import PReLU, applied, on_device
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, sum_in_order, take_rows
+from trainer.problems import Problem
 from trainer.schema.fields import Field, Schema, Side
 
 _SIDES: dict[str, frozenset[Side]] = {
@@ -40,16 +41,13 @@ def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
     wanted = _SIDES[config.images]
     for side in sorted(wanted):
         if not any(field.kind == "content" and field.side == side for field in schema.fields):
-            raise ConfigError(
-                f"model.images={config.images} needs a field of kind content on side {side}, and the schema has none; "
-                "add one to the schema, or set model.images to what it has"
-            )
+            raise ConfigError(Problem.NO_CONTENT_FIELD, config.images, side)
     fields = tuple(f for f in schema.fields if f.kind != "content" or f.side in wanted)
     if config.base == "lr":
         fields = tuple(f.model_copy(update={"width": 1}) if f.is_id else f for f in fields)
     _check_names(fields)
     if not any(field.is_id or field.kind == "content" for field in fields):
-        raise ConfigError("the schema has no field of kind id, multi_id or content; the model needs one")
+        raise ConfigError(Problem.NO_FIELD_TO_LEARN)
     return fields
 
 
@@ -60,10 +58,7 @@ def _check_names(fields: tuple[Field, ...]) -> None:
         names = {"name": field.name, "store": field.store_name} if field.kind == "content" else {}
         for what, name in names.items():
             if "." in name or hasattr(taken, name):
-                raise ConfigError(
-                    f"field {field.name}: {what}={name} cannot name a part of the model; "
-                    f"choose another, as my_{name.replace('.', '_')}"
-                )
+                raise ConfigError(Problem.NAME_OF_NO_PART, field.name, what, name, name.replace(".", "_"))
 
 
 def width_of(field: Field, config: ModelConfig) -> int:

@@ -16,6 +16,7 @@ from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
 from trainer.models.layers import Mlp, used_fields, value_rows, width_of
 from trainer.models.pooling import BehaviorAttention, sum_pool
+from trainer.problems import Problem
 from trainer.samples.reader import Batch
 from trainer.schema.fields import Field, Schema
 
@@ -68,10 +69,7 @@ class Din(CtrModel):
         """Raises ConfigError where there is no such field."""
         pairs = paired_fields(used_fields(schema, config))
         if not pairs:
-            raise ConfigError(
-                "model.base=din needs a multi_id field on side user that shares its table with an id field on side ad, "
-                "as behavior_item and ad_item share table item; add it to the schema, or set model.base=mlp"
-            )
+            raise ConfigError(Problem.NO_PAIRED_FIELDS)
         self.behaviors = behaviors_of(used_fields(schema, config))
         self._ads = [ad.name for _, ad in pairs]
         super().__init__(schema, config, elsewhere=self.behaviors)
@@ -105,11 +103,7 @@ def check_equal_lists(batch: Batch, behaviors: Sequence[str]) -> None:
         differing = np.flatnonzero(one_G != other_G)
         if len(differing):
             at = differing[0]
-            raise DataError(
-                f"model.base=din pairs {first} and {name} value by value, but a user has {one_G[at]} of the one "
-                f"and {other_G[at]} of the other; write lists of equal length, give one of them another table "
-                "in the schema, or set model.base=mlp"
-            )
+            raise DataError(Problem.UNPAIRED_BEHAVIORS, first, name, one_G[at], other_G[at])
 
 
 def paired_fields(fields: Collection[Field]) -> list[tuple[Field, Field]]:
@@ -238,10 +232,7 @@ class TwoTower(CtrModel):
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         if config.dropout:
-            raise ConfigError(
-                "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
-                "sample; set model.dropout=0"
-            )
+            raise ConfigError(Problem.DROPOUT_IN_TOWER)
         super().__init__(schema, config.model_copy(update={"pooling": "sum", "image_products": False}))
         self.width = config.tower_width
         self.user_fields = tuple(field for field in self.fields if field.side == "user")
@@ -249,10 +240,7 @@ class TwoTower(CtrModel):
         self.context_fields = tuple(field for field in self.fields if field.context)
         for side, fields in (("user", self.user_fields), ("ad", self.ad_fields)):
             if not fields:
-                raise ConfigError(
-                    f"model.base=two_tower needs a field of side {side}, context fields aside, and the model uses none;"
-                    " add one to the schema, or set model.base=mlp"
-                )
+                raise ConfigError(Problem.TOWER_WITHOUT_FIELD, side)
         self.user_tower = Mlp([_width(self.user_fields, config), *config.mlp, self.width], self.hidden)
         self.ad_tower = Mlp([_width(self.ad_fields, config), *config.mlp, self.width], self.hidden)
         self.bias = nn.Parameter(torch.zeros(1))
@@ -307,7 +295,7 @@ def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
     model = net_class(config.base)(schema, config)
     fixed = next((name for name, value in model.named_parameters() if not value.requires_grad), None)
     if fixed is not None:
-        raise ConfigError(f"model.base={config.base}: its parameter {fixed} has no gradient; make it a buffer")
+        raise ConfigError(Problem.FIXED_PARAMETER, config.base, fixed)
     return model.apply(_start_by_xavier) if model.starts_by_xavier else model
 
 
@@ -324,15 +312,9 @@ def net_class(base: str) -> type[CtrModel]:
         found = getattr(importlib.import_module(module_name), name, None)
     except Exception as failure:  # a module may raise any error while it is imported
         reason = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
-        raise ConfigError(
-            f"model.base={base}: importing {module_name} fails: {reason}; install the package, or set PYTHONPATH to "
-            "the folder that has it, on every host"
-        ) from failure
+        raise ConfigError(Problem.NET_NOT_IMPORTED, base, module_name, reason) from failure
     if not (isinstance(found, type) and issubclass(found, CtrModel)):
-        raise ConfigError(
-            f"model.base={base}: {module_name} has no class {name} that extends trainer.models.ctr.CtrModel; "
-            "see docs/CODE.md, A net of your own"
-        )
+        raise ConfigError(Problem.NO_SUCH_NET, base, module_name, name)
     return found
 
 

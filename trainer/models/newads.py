@@ -29,6 +29,7 @@ from trainer.config import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import expand_rows, lengths_of, random_words, segment_max, value_rows, width_of
+from trainer.problems import Problem
 from trainer.samples.reader import Batch
 from trainer.schema.fields import Field, Schema
 
@@ -213,8 +214,4 @@ def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:
     for name in own_tables:
         table = config.tables.get(name)
         if isinstance(table, ExactTableConfig) and table.admit_after > 1:
-            raise ConfigError(
-                f"model.image_dropout={config.image_dropout} takes an ad for new while its ID rows are untrained, and "
-                f"with model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
-                f"model.tables.{name}.admit_after=1, or model.image_dropout=0"
-            )
+            raise ConfigError(Problem.NEW_IDS_SHARE_A_ROW, config.image_dropout, name, table.admit_after)

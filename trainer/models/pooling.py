@@ -19,6 +19,7 @@ from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, pool_rows, take_rows
 from trainer.models import layers as parts
 from trainer.models.layers import HiddenLayers, expand_rows, lengths_of, segment_max, segment_sum, value_rows
+from trainer.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,9 @@ def queries_of(pooling: Pooling, width_of_ad: Mapping[str, int]) -> tuple[str, .
         return ()
     has = tuple(name for name, width in width_of_ad.items() if width)
     if not has:
-        raise ConfigError(f"model.pooling={pooling} needs a field on side ad to query with; set model.pooling=sum")
+        raise ConfigError(Problem.NO_FIELD_TO_QUERY, pooling)
     if wanted == "images and ids" and "ids" not in has:
-        raise ConfigError(
-            f"model.pooling={pooling} queries with the ad's IDs too, and the schema has none on side ad; "
-            "add one, or set model.pooling=attentive"
-        )
+        raise ConfigError(Problem.NO_IDS_TO_QUERY, pooling)
     return has[:1] if wanted == "images" else has
 
 

@@ -13,6 +13,7 @@ from featurestore.spec import IndexKind
 from featurestore.storage.storage import Storage
 from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import MIN_RECALL
+from trainer.problems import Problem
 
 if TYPE_CHECKING:
     from trainer.prerank.adindex import Ads, Vectors
@@ -133,17 +134,17 @@ def build(options: BuildOptions) -> None:
 def _check_options(options: BuildOptions) -> None:
     """Raise BadParameter for options that do not go together."""
     if options.ads and options.samples:
-        raise typer.BadParameter("give one of --ads and --samples", param_hint="--samples")
+        raise typer.BadParameter(Problem.ADS_AND_SAMPLES.of(), param_hint="--samples")
     kept = {"--index": options.kind, "--min-recall": options.min_recall}
     sources = {"--add": options.add or None, "--ads": options.ads, "--samples": options.samples}
-    for way, others, why in (
-        ("--sync", sources, "does not go with {}"),
-        ("--sync", kept, "keeps the kind and the limit of the index"),
-        ("--add", kept, "keeps the kind and the limit of the index"),
+    for way, others, problem in (
+        ("--sync", sources, Problem.DOES_NOT_GO_WITH),
+        ("--sync", kept, Problem.KIND_IS_KEPT),
+        ("--add", kept, Problem.KIND_IS_KEPT),
     ):
         wrong = next((name for name, value in others.items() if value is not None), None)
         if wrong and (options.sync if way == "--sync" else options.add):
-            raise typer.BadParameter(f"{way} {why.format(wrong)}; leave {wrong} out", param_hint=wrong)
+            raise typer.BadParameter(problem.of(way, wrong), param_hint=wrong)
 
 
 def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vectors]":

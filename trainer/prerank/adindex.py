@@ -39,6 +39,7 @@ from trainer.errors import AdIndexError, ConfigError, DataError, DataNotFoundErr
 from trainer.evaluation.predict import places
 from trainer.models.nets import TwoTower
 from trainer.prerank import MIN_RECALL
+from trainer.problems import Problem
 from trainer.runs.open import test_reader
 from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test, vector_lists
 from trainer.samples import columns as sample_columns
@@ -177,13 +178,11 @@ class AdIndex:
         """Open the newest version at `url`. Raises DataNotFoundError, CorruptFileError, StorageError."""
         files = versions.open_published(url)
         if not isinstance(files, versions.PublishedFiles) or STATE not in files.list():
-            raise DataNotFoundError(
-                f"{url} is not an index of ads; make one with: crossmedia index build --run RUN --out {url}"
-            )
+            raise DataNotFoundError(Problem.NOT_AN_INDEX, url)
         try:
             state = read_sealed(files, STATE, IndexState)
         except FileNotFoundError as failure:
-            raise CorruptFileError(f"{files.full(STATE)} is missing") from failure
+            raise CorruptFileError(Problem.INDEX_FILE_MISSING, files.full(STATE)) from failure
         index = VectorIndex.load(_read(files, state, STRUCTURE))
         return cls(files, state, index)
 
@@ -205,11 +204,8 @@ class AdIndex:
         up in another store."""
         mine = self.state.origin
         if mine.checkpoint_digest != origin.checkpoint_digest:
-            raise AdIndexError(
-                f"{self._files.url} has vectors of checkpoint {mine.checkpoint} of run {mine.run}, and not of "
-                f"{origin.checkpoint} of run {origin.run}: they cannot be compared; name that checkpoint by "
-                "--checkpoint, or build the index again, without --add"
-            )
+            vectors_of = mine.checkpoint, mine.run, origin.checkpoint, origin.run
+            raise AdIndexError(Problem.INDEX_OF_OTHER_CHECKPOINT, self._files.url, *vectors_of)
         for name in mine.stores.keys() & origin.stores.keys():
             mine.stores[name].check(
                 origin.stores[name], f"the index {self._files.url}", "build the index again, without --add"
@@ -240,10 +236,7 @@ class AdIndex:
         gone_K = ~np.isin(known_K, keys_N)
         num_gone = 0 if max_gone is None else int(gone_K.sum())
         if max_gone is not None and num_gone > max_gone * len(known_K):
-            raise AdIndexError(
-                f"{num_gone:,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
-                f"share of {max_gone:g}: is --sync right? --max-gone 1 allows it"
-            )
+            raise AdIndexError(Problem.TOO_MANY_GONE, num_gone, len(known_K), self._files.url, max_gone)
         place_N, is_known_N = places(known_K, keys_N)
         same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
         changes = {
@@ -272,7 +265,7 @@ def _replaceable_version(url: str) -> int:
     else:
         others, version = [name for name in files.list() if name not in (versions.FILES, versions.VERSIONS)], 0
     if others:
-        raise AdIndexError(f"{url} has files that are not of an index of ads ({others[0]}): name another place")
+        raise AdIndexError(Problem.NOT_ONLY_AN_INDEX, url, others[0])
     return version
 
 
@@ -281,7 +274,7 @@ def _read(files: Storage, state: IndexState, name: str) -> bytes:
     try:
         return read_verified(files, name, "sha256", state.sha256.get(name, ""))
     except FileNotFoundError as failure:
-        raise CorruptFileError(f"{files.full(name)} is missing") from failure
+        raise CorruptFileError(Problem.INDEX_FILE_MISSING, files.full(name)) from failure
 
 
 KEY, VECTOR = "key", "vector"
@@ -342,12 +335,12 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
             table = read_row_group(storage, group, list(source_columns(rules)))
             parts.append(sample_columns.decode_unlabelled(table, rules, storage.full(name), group.first_row))
     if not parts:
-        raise DataNotFoundError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
+        raise DataNotFoundError(Problem.ADS_WITHOUT_ROWS, address)
     column = schema.new_ad_column
     columns = concatenate(parts).columns
     keys_U, count_U = np.unique(columns[column].values, return_counts=True)
     if (twice := keys_U[count_U > 1]).size:
-        raise DataError(f"--ads {address}: {column}={twice[0]} is in several rows; an ad has one row")
+        raise DataError(Problem.AD_TWICE, address, column, twice[0])
     return Ads(columns[column].values, columns)
 
 
@@ -359,9 +352,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
     storage, column = versions.open_published(samples), schema.new_ad_column
     splits = [split for split in (TRAIN, TEST) if any(name.endswith(".parquet") for name in storage.list(split))]
     if not splits:
-        raise DataNotFoundError(
-            f"--samples {samples}: it has no train and no test samples; give a folder with samples, or --ads"
-        )
+        raise DataNotFoundError(Problem.SAMPLES_WITHOUT_ADS, samples)
     rules = {schema.label: Rule("ad", 1, "integer"), **_rules(schema, fields)}
     seen, parts = np.empty(0, np.int64), []
     for split in reversed(splits):
@@ -384,7 +375,7 @@ def _files(address: str) -> tuple[Storage, list[str]]:
     if not address.endswith(".parquet"):
         storage = Storage(address)
         if storage.is_local and Path(storage.url).is_file():
-            raise DataNotFoundError(f"--ads {address} is neither a *.parquet file nor a folder of them")
+            raise DataNotFoundError(Problem.NOT_A_TABLE_OF_ADS, address)
         return storage, [each for each in storage.list() if each.endswith(".parquet")]
     storage, name = file_at(address)
     return storage, [each for each in storage.list() if each == name]
@@ -408,10 +399,7 @@ def towers(trained: TrainedRun) -> TwoTower:
     """Return the run's two towers. Raises ConfigError where it has another model."""
     model = trained.engine.model
     if not isinstance(model, TwoTower):
-        raise ConfigError(
-            f"{trained.saved.folder} has model.base={trained.config.model.base}: it has no vector of an ad; "
-            "train one with model.base=two_tower"
-        )
+        raise ConfigError(Problem.NO_VECTORS_OF_ADS, trained.saved.folder, trained.config.model.base)
     return model
 
 
@@ -489,7 +477,7 @@ def candidates(
             last = batch
     if last is None:
         where = samples or trained.config.data.samples
-        raise DataNotFoundError(f"user {user} has no test sample in {where}; choose one that has, or other --samples")
+        raise DataNotFoundError(Problem.USER_NOT_TESTED, user, where)
     _, vectors_GW = next(user_vectors(trained, iter([last])))
     group = last.group_of_sample_B[last.group_id_B == number][-1]
     keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)

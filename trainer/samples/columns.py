@@ -20,6 +20,7 @@ from featurestore.format.datafile import is_text
 from featurestore.keys import AnyArray, Float32Array, Float64Array, Int64Array, ids_of_texts, keys_of_uris
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError, OverflowingValueError, SchemaError
+from trainer.problems import Problem
 from trainer.schema.fields import LOGARITHMIC, STANDARDIZED, Field, Schema, Side, days_of_file
 from trainer.schema.profile import inner_type, is_list
 
@@ -100,7 +101,9 @@ def dense_values(field: Field, values_N: AnyArray) -> Float32Array:
         found_MW = values_MW.astype(np.float32)
     if not np.isfinite(found_MW).all():
         place = int((~np.isfinite(found_MW)).argmax())
-        raise OverflowingValueError(field.column_name, place // width, float(values_N[place]))
+        error = OverflowingValueError(Problem.TOO_BIG, f"column {field.column_name}", float(values_N[place]))
+        error.column, error.row = field.column_name, place // width
+        raise error
     return found_MW
 
 
@@ -242,10 +245,8 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
         if found != rule:
             only_fill = found == replace(rule, may_miss=found.may_miss)
             way_out = "give both fields a fill, or neither (weights have none)" if only_fill else "change one of them"
-            raise SchemaError(
-                f"column {column}: {owner} reads it as {rule} of side {rule.side}, but {owners[column]} "
-                f"as {found} of side {found.side}; {way_out} in the schema"
-            )
+            both = owner, rule, rule.side, owners[column], found, found.side
+            raise SchemaError(Problem.COLUMN_OF_TWO_RULES, column, *both, way_out)
         owners.setdefault(column, owner)
         lengths_of = tuple(dict.fromkeys((*found.lengths_of, *rule.lengths_of)))
         rules[column] = replace(found, lengths_of=lengths_of)
@@ -293,13 +294,13 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     """Raise SchemaError for the columns of `file` that are missing or of another type than the rules say."""
     problems, missing = [], []
     for column, rule in source_columns(rules).items():
-        expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
+        wanted = str(rule) + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
         if not (count := found.names.count(column)):
-            missing.append(f"column {column} is missing, {expected}")
+            missing.append(Problem.COLUMN_MISSING.of(column, wanted))
         elif count > 1:
-            problems.append(f"{file}: column {column} is in it {count} times; write the file with only one")
+            problems.append(Problem.COLUMN_REPEATED.of(file, column, count))
         elif not _fits(found.field(column).type, rule):
-            problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
+            problems.append(Problem.COLUMN_OF_OTHER_TYPE.of(file, column, found.field(column).type, wanted))
     if missing:
         problems.insert(0, f"{file}: {'; '.join(missing)}; found columns: {', '.join(found.names)}")
     if problems:
@@ -313,7 +314,7 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
     labels = groups.columns[label].values
     if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
         row = where.row_of_value(wrong[0], (groups.sample_offsets,))
-        raise DataError(f"{row}: column {label} has {labels[wrong[0]]}; a label is 0 or 1")
+        raise DataError(Problem.NOT_A_LABEL, row, label, labels[wrong[0]])
     return groups
 
 
@@ -333,8 +334,7 @@ def _decoded(
     raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
     sample_offsets = np.arange(len(table) + 1) if counted is None else raw[counted][1][0]
     if not may_be_empty and (empty := np.flatnonzero(np.diff(sample_offsets) == 0)).size:
-        what = f"column {counted} is an empty list; a sample group has at least one impression"
-        raise DataError(f"{where.row(empty[0])}: {what}")
+        raise DataError(Problem.EMPTY_GROUP, where.row(empty[0]), counted)
     columns = {}
     for column, rule in rules.items():
         values, offsets = raw[column]
@@ -410,10 +410,8 @@ class _Where:
         differing = np.flatnonzero(np.diff(found_M1) != np.diff(expected_M1))
         if differing.size:
             first = int(differing[0])
-            raise DataError(
-                f"{self.row_of_value(first, outer)}: column {column} has {np.diff(found_M1)[first]} entries, "
-                f"{other} has {np.diff(expected_M1)[first]}; each {each} needs one entry in both"
-            )
+            lengths = np.diff(found_M1)[first], other, np.diff(expected_M1)[first]
+            raise DataError(Problem.UNPAIRED, self.row_of_value(first, outer), column, *lengths, each)
 
 
 def _rule(field: Field, uris: Collection[str]) -> Rule:
@@ -450,7 +448,7 @@ def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Val
     if (wrong := np.flatnonzero(np.isinf(values) if rule.may_miss else ~np.isfinite(values))).size:
         row = where.row_of_value(wrong[0], offsets)
         way_out = "; fill in the schema replaces missing ones" if np.isnan(values[wrong[0]]) else ""
-        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number{way_out}")
+        raise DataError(Problem.NOT_FLOAT32, row, name, values[wrong[0]], way_out)
     return values, offsets
 
 
@@ -469,7 +467,7 @@ def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Enc
     try:
         return encode_texts(array, rule.text), offsets
     except UnicodeDecodeError:
-        raise DataError(f"{where.file}: column {name} has text that is not UTF-8; write the file in UTF-8") from None
+        raise DataError(Problem.NOT_UTF8, f"{where.file}: column {name}") from None
 
 
 def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Any, tuple[Int64Array, ...]]:
@@ -499,11 +497,9 @@ def unwrapped(array: Any) -> tuple[Any, Int64Array]:
 def _refuse_nulls(array: Any, name: str, offsets: Sequence[Int64Array], where: _Where, way_out: str = "") -> None:
     if array.null_count:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        what = "is null" if not offsets else "has a null in its list"
-        raise DataError(
-            f"{where.row_of_value(first, offsets)}: column {name} {what}; "
-            + (way_out or ("write an empty list, or leave the row out" if offsets else "leave the row out"))
-        )
+        problem = Problem.NULL_IN_LIST if offsets else Problem.NULL_IN_COLUMN
+        way_out = way_out or ("write an empty list, or leave the row out" if offsets else "leave the row out")
+        raise DataError(problem, where.row_of_value(first, offsets), name, way_out)
 
 
 def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sample_offsets: Int64Array) -> None:
@@ -512,7 +508,7 @@ def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sampl
     lengths_M = np.diff(rows.offsets)
     if (wrong := np.flatnonzero(lengths_M != rule.width)).size:
         row = where.row_of_value(wrong[0], (sample_offsets,) if rule.side == "ad" else ())
-        raise DataError(f"{row}: column {column} has {lengths_M[wrong[0]]} numbers; the schema says width={rule.width}")
+        raise DataError(Problem.ROW_OF_OTHER_WIDTH, row, column, lengths_M[wrong[0]], rule.width)
 
 
 def _joined(offsets: Sequence[Int64Array]) -> Int64Array:
@@ -543,10 +539,7 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
     by_day = files_by_day(storage) if days else {}
     if lacking := sorted(set(days) - by_day.keys()):
         known = f"from {min(by_day)} to {max(by_day)}" if by_day else "not named by day, as day=2026-01-31.parquet"
-        raise DataNotFoundError(
-            f"{storage.url} has no samples of {', '.join(lacking)}: its files are {known}; "
-            "change data.train_days or data.test_days, or write the samples with: crossmedia samples"
-        )
+        raise DataNotFoundError(Problem.NO_SAMPLES_OF_DAYS, storage.url, ", ".join(lacking), known)
     return list(dict.fromkeys(file for day in sorted(set(days)) for file in by_day[day]))
 
 
@@ -578,10 +571,7 @@ def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:
     """
     missing = [name for name in depths if name not in table.column_names]
     if 2 * len(missing) > len(depths):
-        raise DataError(
-            f"the rows lack {len(missing)} of {len(depths)} columns: {', '.join(missing)}; crossmedia.with_behaviors "
-            "makes such rows of a raw log and its behaviours"
-        )
+        raise DataError(Problem.ROWS_LACK_COLUMNS, len(missing), len(depths), ", ".join(missing))
     table = table.select([name for name in table.column_names if name in depths])
     # Values of a column without any, such as empty lists alone, have the type of IDs.
     table = _recast(table, lambda kind: pa.int64() if pa.types.is_null(kind) else kind)
@@ -599,7 +589,7 @@ def sample_groups(table: pa.Table, schema: Schema) -> pa.Table:
     groups = groups_of_rows(table, {name: rule.depth for name, rule in rules.items()})
     of_ads = next((name for name in groups.column_names if rules[name].side == "ad"), None)
     if of_ads is None:
-        raise DataError(f"the rows have no column of an ad, as {schema.new_ad_column}")
+        raise DataError(Problem.ROWS_WITHOUT_ADS, schema.new_ad_column)
     lengths_G = groups.column(of_ads).combine_chunks().value_lengths().to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
     offsets = np.concatenate([[0], np.cumsum(lengths_G)])
     labels = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.zeros(offsets[-1], np.int8)))

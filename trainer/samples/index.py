@@ -27,6 +27,7 @@ from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from trainer.config import DataConfig
 from trainer.errors import DataError, DataNotFoundError
+from trainer.problems import Problem
 from trainer.samples import columns
 from trainer.schema.fields import Schema, days_of_file
 
@@ -108,9 +109,8 @@ def open_index(
     texts = frozenset(column for _, of_file in parts.values() for column in of_file)
     index = SampleIndex(storage, row_groups, by_day=days is not None, text_columns=texts)
     if index.num_samples == 0 and days != []:
-        what = f"has no *.parquet file with samples ({len(parts)} files)"
         where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
-        raise DataNotFoundError(f"{where} {what}; write them with: crossmedia samples")
+        raise DataNotFoundError(Problem.NO_SAMPLES, where, len(parts))
     return index
 
 
@@ -131,7 +131,7 @@ def read_row_groups(
                     table = parquet.read_row_group(row_group.number, columns=names)
                 except (pa.ArrowException, OSError) as failure:
                     where = f"{storage.full(file)}, row group {row_group.number}"
-                    raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
+                    raise DataError(Problem.SAMPLES_DAMAGED, where, str(failure).strip()) from failure
                 yield row_group, table
 
 
@@ -203,11 +203,9 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
         check_names(parquet)
         return parquet
     except FileNotFoundError as failure:
-        raise DataError(f"{storage.full(file)} is gone; it was there when the run began") from failure
+        raise DataError(Problem.SAMPLES_GONE, storage.full(file)) from failure
     except (pa.ArrowException, OSError, UnicodeDecodeError) as failure:
-        raise DataError(
-            f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
-        ) from failure
+        raise DataError(Problem.NOT_PARQUET, storage.full(file), str(failure).strip()) from failure
 
 
 _SAMPLES_PER_STREAM = 64

@@ -23,6 +23,7 @@ import numpy as np
 
 from featurestore.keys import Float32Array, Int64Array
 from trainer.errors import DataError
+from trainer.problems import Problem
 from trainer.samples import columns
 from trainer.samples import index as sample_index
 from trainer.schema.fields import Field, Schema
@@ -161,7 +162,7 @@ class SampleReader:
         full = self.index.storage.full(row_group.file)
         groups = columns.decode(table, self._rules, self._schema.label, full, row_group.first_row)
         if groups.num_samples != row_group.num_samples:
-            raise DataError(f"{full} has changed since the run began; start the run again")
+            raise DataError(Problem.SAMPLES_CHANGED, full)
         self.num_decoded += groups.num_samples
         return groups
 

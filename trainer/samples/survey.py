@@ -50,6 +50,7 @@ from featurestore.storage.storage import Storage, digest_of, settled_tags
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
+from trainer.problems import Problem
 from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
 from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
 from trainer.schema import fields as schema_fields
@@ -104,7 +105,7 @@ def _digest(storage: Storage, file: str) -> str:
     try:
         return in_either_split(partial(digest_of, storage), file)
     except (OSError, StorageError) as failure:
-        raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
+        raise DataError(Problem.DATA_UNREADABLE, storage.full(file), failure) from failure
 
 
 def measured_once(
@@ -277,11 +278,7 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
     """A constant column has a deviation of 1, so that it becomes zero and not NaN."""
     counts = [moments.count for moments in part.moments_W]
     if not all(counts):
-        raise DataError(
-            f"field {field.name}: column {field.column_name} has no number in the training samples, so there is no "
-            f"{'bucket' if field.is_bucketed else 'mean'} to be found; leave the field out, or give mean, std or "
-            "boundaries in the schema"
-        )
+        raise DataError(Problem.NO_NUMBERS, field.name, field.column_name, "bucket" if field.is_bucketed else "mean")
     found = field.model_dump(mode="json", exclude_none=True)
     if field.is_bucketed:
         assert isinstance(field.buckets, int)
@@ -419,7 +416,7 @@ def list_missing(samples: str, store: str, schema_file: str | None = None, name:
     fields = [field for field in schema.of_kind("content") if field.store_name == name]
     if not fields:
         known = sorted({field.store_name for field in schema.of_kind("content")})
-        raise SchemaError(f"no content field of the schema names store {name}, only {', '.join(known) or 'none'}")
+        raise SchemaError(Problem.STORE_OF_NO_FIELD, name, ", ".join(known) or "none")
     opened = FeatureStore.open(store)
     splits = [split for split in SPLITS if sample_files(storage, split)]
     indexes = [open_index(SoloComm(), storage, split, schema) for split in splits or SPLITS[:1]]
@@ -532,15 +529,11 @@ def _collected(
     for encoded in read_texts(index, row_groups, rules):
         for number, text in zip(encoded.ids_U.tolist(), encoded.texts_U, strict=True):
             if str(number) != text and (first := held.setdefault(number, text)) != text:
-                raise _two_texts(number, first, text)
+                raise DataError(Problem.TWO_TEXTS, number, first, text)
         if len(held) >= TEXTS_HELD:
             yield held
             held = {}
     yield held
-
-
-def _two_texts(number: int, first: str, second: str) -> DataError:
-    return DataError(f"id {number} is that of two texts of the samples, {first!r} and {second!r}: rename one")
 
 
 def write_part(path: Path, held: Mapping[int, str]) -> None:
@@ -554,7 +547,8 @@ def _merge(parts: list[RunPath], folder: RunPath) -> None:
         files = [stack.enter_context(_opened(part)) for part in sorted(parts, key=str)]
         path = stack.enter_context(replaced_file(stack.enter_context(written_locally(folder)) / IDS_FILE))
         of_buckets = ([file.read_row_group(bucket) for file in files] for bucket in range(BUCKETS))
-        write_buckets(path, TEXTS, (merged_names(tables, _two_texts) for tables in of_buckets))
+        two_texts = partial(DataError, Problem.TWO_TEXTS)
+        write_buckets(path, TEXTS, (merged_names(tables, two_texts) for tables in of_buckets))
 
 
 def _named(path: RunPath, keys: Iterable[int]) -> dict[int, str]:
@@ -570,7 +564,7 @@ def _named(path: RunPath, keys: Iterable[int]) -> dict[int, str]:
                 table = file.read_row_group(bucket)
                 found |= _entries(table.take(np.flatnonzero(np.isin(table.column(0).to_numpy(), wanted_U))))
     except (pa.ArrowException, OSError) as failure:
-        raise DataError(f"{path} is damaged: {str(failure).strip()}; make the samples, or the run, again") from failure
+        raise DataError(Problem.DICTIONARY_DAMAGED, path, str(failure).strip()) from failure
     return found
 
 
@@ -585,7 +579,7 @@ def _opened(path: RunPath) -> pq.ParquetFile:
         source: Any = open_file(path) if isinstance(path, RemotePath) else path
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as failure:
-        raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure
+        raise DataError(Problem.NOT_PARQUET, path, str(failure).strip()) from failure
     if file.num_row_groups != BUCKETS or file.schema_arrow.types != TEXTS.types:
-        raise DataError(f"{path} is not a dictionary of IDs or images: make the samples, or the run, again")
+        raise DataError(Problem.NOT_A_DICTIONARY, path)
     return file

@@ -12,6 +12,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_rows, print_summary
 from featurestore.published.paths import run_path
 from trainer.errors import DataError, DataNotFoundError, SchemaError, TrainerError
+from trainer.problems import Problem
 
 if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
@@ -71,7 +72,7 @@ def _inspected(data: str, out: Path | None, label: str | None, group: str, rows:
     from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
     if Path(data).is_file() and not data.endswith(SUFFIXES):
-        raise DataError(f"{data} is not a .parquet, .csv or .tsv file{json_hint([data])}")
+        raise DataError(Problem.NOT_A_TABLE_FILE, data, json_hint([data]))
     is_file = data.endswith(SUFFIXES) and ("://" in data or Path(data).is_file())
     place = None if is_file else open_published(data)
     found = lakes.below(place) if place is not None else {}
@@ -185,9 +186,7 @@ def lookup(
 
     dictionary = IdDictionary.of_run(run_path(run))
     if dictionary is None:
-        raise DataNotFoundError(
-            f"{run} has no ids.parquet: its samples have no texts, or it is not the folder of a run or of samples"
-        )
+        raise DataNotFoundError(Problem.NO_TEXTS, run)
     if not values:
         entries, total = dictionary.first(SHOWN)
         print_summary(f"{dictionary.path}: {total:,} texts and their ids; the first of them:")
@@ -233,8 +232,8 @@ def are_samples(storage: "Storage", label: str) -> bool:
     files = sample_files(storage) or data_files(storage)
     if not files:
         is_there = not storage.is_local or Path(storage.url).exists()
-        told = "has no .parquet, .csv or .tsv files" if is_there else "is not there"
-        raise DataNotFoundError(f"{storage.url} {told}{json_hint(entry.path for entry in storage.entries(''))}")
+        problem = Problem.NO_TABLE_FILES if is_there else Problem.TABLES_NOT_THERE
+        raise DataNotFoundError(problem, storage.url, json_hint(entry.path for entry in storage.entries("")))
     columns = look(storage, files[:1], None, LOOKED_AT).columns
     if label in columns:
         return columns[label].depth > 0
@@ -248,9 +247,9 @@ def _write_new(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise SchemaError(f"--out {path} is there already; name another file, or remove it") from error
+        raise SchemaError(Problem.OUT_EXISTS, path) from error
     except OSError as error:
-        raise TrainerError(f"--out {path} cannot be written: {error}") from error
+        raise TrainerError(Problem.OUT_NOT_WRITTEN, path, error) from error
     print_summary(f"written      {path}")
 
 

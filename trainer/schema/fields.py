@@ -18,6 +18,7 @@ from featurestore.keys import UInt64Array, power_of_two, splitmix64
 from featurestore.text import near_match
 from trainer.config import read_mapping, validated
 from trainer.errors import SchemaError
+from trainer.problems import Problem
 
 Transform = Literal["standardize", "log1p", "log_standardize"]
 STANDARDIZED: frozenset[Transform | None] = frozenset({"standardize", "log_standardize"})
@@ -31,7 +32,7 @@ def _ascending(values: object) -> object:
     if isinstance(values, list | tuple):
         numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
         if len(numbers) < len(values) or sorted(set(numbers)) != numbers:
-            raise ValueError("it should be finite numbers, each larger than the one before")
+            raise ValueError(Problem.NOT_ASCENDING.of())
     return values
 
 
@@ -112,44 +113,39 @@ class Field(BaseModel):
     def _fits_its_kind(self) -> Self:
         for setting, kinds in _KINDS_OF.items():
             if (value := getattr(self, setting)) is not None and self.kind not in kinds:
-                raise ValueError(
-                    f"field {self.name}: {setting}={value} is for kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}, "
-                    f"not {self.kind}"
-                )
+                known = f"kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}"
+                raise ValueError(Problem.SETTING_OF_OTHER_KIND.of(self.name, setting, value, known, self.kind))
         columns = list(self.columns or ())
         if columns and self.column is not None:
-            raise ValueError(f"field {self.name}: it has column={self.column} and columns={columns}; give one")
+            raise ValueError(Problem.TWO_OF_A_FIELD.of(self.name, f"column={self.column}", f"columns={columns}"))
         if self.columns is not None and len(set(columns)) < max(len(columns), 2):
-            raise ValueError(f"field {self.name}: columns={columns} has to name two columns or more, each once")
+            raise ValueError(Problem.TOO_FEW_COLUMNS.of(self.name, columns))
         self._check_numbers()
         if self.context and (self.side == "user" or self.kind == "content"):
-            raise ValueError(
-                f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
-                f"not for {self.kind} of side {self.side}"
-            )
+            raise ValueError(Problem.CONTEXT_OF_NO_AD.of(self.name, self.kind, self.side))
         return self
 
     def _check_numbers(self) -> None:
-        name, width = f"field {self.name}", self.width or 1
+        width = self.width or 1
         if self.is_bucketed and (self.weights is not None or self.columns is not None):
             other = f"columns={list(self.columns)}" if self.columns is not None else f"weights={self.weights}"
-            raise ValueError(f"{name}: it has buckets and {other}; give one of them")
+            raise ValueError(Problem.TWO_OF_A_FIELD.of(self.name, "buckets", other))
         is_scaled = self.transform in STANDARDIZED
         for setting, values, is_used in (
             ("mean", self.mean, is_scaled or self.fill == "mean"),
             ("std", self.std, is_scaled),
         ):
             if values is not None and not is_used:
-                raise ValueError(f"{name}: {setting} does nothing without transform=standardize or log_standardize")
+                raise ValueError(Problem.UNUSED_STATISTIC.of(self.name, setting))
             if values is not None and len(values) != width:
-                raise ValueError(f"{name}: {setting} has to be one number for each of the {width} of a row")
+                raise ValueError(Problem.STATISTIC_WIDTH.of(self.name, setting, width))
         if self.fill is None:
             return
         if not (self.kind == "dense" or self.is_bucketed):
-            raise ValueError(f"{name}: fill={self.fill} is for kind dense and for fields with buckets")
+            raise ValueError(Problem.FILL_WITHOUT_NUMBERS.of(self.name, self.fill))
         other_fill = "bucket" if self.kind == "dense" else "mean"
         if self.fill == other_fill:
-            raise ValueError(f"{name}: fill=mean is for kind dense, fill=bucket for fields with buckets; or a number")
+            raise ValueError(Problem.FILL_OF_OTHER_KIND.of(self.name))
 
     @property
     def is_id(self) -> bool:
@@ -215,7 +211,7 @@ class Schema(BaseModel):
         first_of: dict[str, Field] = {}
         for field in self.fields:
             if field.name in seen:
-                raise ValueError(f"field {field.name} is named twice")
+                raise ValueError(Problem.FIELD_TWICE.of(field.name))
             seen.add(field.name)
             if field.beside is not None:
                 self._check_beside(field)
@@ -224,19 +220,13 @@ class Schema(BaseModel):
             shared = f"table {field.table_name}" if field.is_id else f"store {field.store_name}"
             first = first_of.setdefault(shared, field)
             if first.width != field.width:
-                raise ValueError(
-                    f"fields {first.name} and {field.name} share {shared} "
-                    f"but have width={first.width} and width={field.width}; give both one width"
-                )
+                raise ValueError(Problem.TWO_WIDTHS.of(first.name, field.name, shared, first.width, field.width))
         return self
 
     def _check_beside(self, field: Field) -> None:
         lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
         if (field.kind, field.side) != ("multi_id", "user") or field.beside not in lists:
-            raise ValueError(
-                f"field {field.name}: beside={field.beside} is for fields of side user and kind multi_id, and "
-                f"names another such field without beside; there are {', '.join(lists) or 'none'}"
-            )
+            raise ValueError(Problem.WRONG_BESIDE.of(field.name, field.beside, ", ".join(lists) or "none"))
 
     @property
     def new_ad_column(self) -> str:
@@ -256,9 +246,7 @@ def load_schema(path: Path | str | None = None) -> Schema:
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]
     if schema.new_ad_field not in ad_ids:
         near = near_match(schema.new_ad_field, ad_ids) if ad_ids else "the schema has none"
-        raise SchemaError(
-            f"{path}: new_ad_field={schema.new_ad_field} has to be a field of side ad and kind id; {near}"
-        )
+        raise SchemaError(Problem.WRONG_NEW_AD, path, schema.new_ad_field, near)
     return schema
 
 

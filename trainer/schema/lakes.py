@@ -15,6 +15,7 @@ from featurestore.errors import NotAFolderError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError
+from trainer.problems import Problem
 from trainer.schema.profile import SUFFIXES
 
 Kind = Literal["Delta", "Iceberg", "Lance"]
@@ -58,7 +59,7 @@ def copy_rows(storage: Storage, place: str, kind: Kind, folder: Path, most_rows:
     try:
         reader = import_module(module)
     except ImportError as error:
-        raise DataError(f"{address} is a table of {kind}, which needs a package: pip install {package}") from error
+        raise DataError(Problem.NO_TABLE_PACKAGE, address, kind, package) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
         version, rows = _READERS[kind](reader, storage, place)
@@ -70,7 +71,7 @@ def copy_rows(storage: Storage, place: str, kind: Kind, folder: Path, most_rows:
                 if most_rows is not None and written > most_rows:
                     break
     except Exception as error:  # theirs have no common class
-        raise DataError(f"{address}, a table of {kind}, cannot be read: {str(error).strip()}") from error
+        raise DataError(Problem.DATA_UNREADABLE, f"{address}, a table of {kind},", str(error).strip()) from error
     return version
 
 

@@ -18,6 +18,7 @@ from featurestore.format.datafile import is_text
 from featurestore.storage.storage import Storage
 from featurestore.text import COMMA_NUMBER, STYLE_BYTES, CsvTextError, find_style, first_rows, long_rows
 from trainer.errors import DataError
+from trainer.problems import Problem
 from trainer.schema.fields import DistinctCount
 
 CSV_SUFFIXES = (".csv", ".tsv")
@@ -117,7 +118,7 @@ class Column:
         try:
             more.validate(full=True)
         except pa.ArrowInvalid as failure:
-            raise DataError(f"column {self.name} has text that is not UTF-8; write the file in UTF-8") from failure
+            raise DataError(Problem.NOT_UTF8, f"column {self.name}") from failure
         self.different = more if self.different is None else pc.unique(pa.concat_arrays([self.different, more]))
 
     def _widen(self, kind: pa.DataType) -> None:
@@ -129,7 +130,7 @@ class Column:
         if content == "empty" or (content, depth) == (self.content, self.depth):
             return
         if depth != self.depth:
-            raise DataError(f"column {self.name} is {self.type} in some files and {kind} in others; write one of them")
+            raise DataError(Problem.DIFFERENT_TYPES, self.name, self.type, kind)
         both = {content, self.content}
         common: Content = "text" if "text" in both and "other" not in both else "other"
         common = "real" if both == {"integer", "real"} else common
@@ -183,7 +184,7 @@ def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Tabl
                 if left <= 0:
                     return
     except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
-        raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
+        raise DataError(Problem.DATA_UNREADABLE, storage.full(path), str(error).strip()) from error
 
 
 def _row_groups(file: Any) -> Iterator[pa.Table]:
@@ -234,7 +235,7 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
         for table in read_tables(storage, path, most_rows - found.rows):
             if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
                 hint = ", or add the line of names" if path.endswith(CSV_SUFFIXES) else ""
-                raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them{hint}")
+                raise DataError(Problem.COLUMN_TWICE, storage.full(path), twice[0], hint)
             names[path] = table.column_names
             found.rows += len(table)
             is_next = not waiting or waiting[0].schema.equals(table.schema)
@@ -249,7 +250,7 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
         if len(names) > 1 and all(len(found.lacked.get(column, ())) == len(names) - 1 for column in there):
             other = next(each for each in names if each != path)
             told = " and ".join(f"{storage.full(each)} ({', '.join(names[each])})" for each in (path, other))
-            raise DataError(f"{told} have no column in common; the first line of a CSV file has to name its columns")
+            raise DataError(Problem.NO_COMMON_COLUMN, told)
     return found
 
 
@@ -306,8 +307,8 @@ def table_of(data: Any) -> pa.Table:
         if isinstance(data, Mapping):
             return pa.table({str(name): _column(values) for name, values in data.items()})
     except (pa.ArrowException, ValueError, TypeError) as failure:
-        raise DataError(f"the table cannot be read: {failure}") from failure
-    raise DataError(f"{type(data).__name__} is not a table; give a DataFrame of pandas, an Arrow table, or a dict")
+        raise DataError(Problem.DATA_UNREADABLE, "the table", failure) from failure
+    raise DataError(Problem.NOT_A_TABLE, type(data).__name__)
 
 
 def is_pandas(data: Any) -> bool:

@@ -19,6 +19,7 @@ from featurestore.storage.storage import Storage
 from featurestore.text import count_text
 from trainer.config import read_mapping
 from trainer.errors import DataError, DataNotFoundError, SchemaError
+from trainer.problems import Problem
 from trainer.schema import fields as schema_fields
 from trainer.schema.fields import DistinctCount, Field, Schema, Side, schema_text, table_lines, table_rows, yaml_line
 from trainer.schema.profile import READ_TYPES, Column, TableProfile, data_files, look, read_tables, table_of
@@ -110,10 +111,10 @@ def inspect_logs(
     for path in data_files(storage) if file is None else data_files(storage, file) or [file]:
         folders.setdefault(path.partition("/")[0], []).append(path)
     if not folders:
-        raise DataNotFoundError(f"{named}: no .parquet, .csv or .tsv files")
+        raise DataNotFoundError(Problem.NO_TABLE_FILES, named, "")
     tables = {place: look(storage, paths, None, most_rows).common for place, paths in folders.items()}
     if empty := next((place for place, table in tables.items() if not table.rows), None):
-        raise DataError(f"{named}/{empty}: {count_text(len(folders[empty]), 'file')} and not one row")
+        raise DataError(Problem.TABLE_WITHOUT_ROWS, f"{named}/{empty}", count_text(len(folders[empty]), "file"))
     labels, guessed = _labels_of(named, tables, label)
     events = {place: where for place, table in tables.items() if (where := _events_of(table))}
     if labels and not guessed:
@@ -135,11 +136,7 @@ def inspect_logs(
     names = [log.name for log in logs]
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
-        raise DataError(
-            f"{named}: more than one table of a kind: {places}; impressions are known by their label, a column "
-            f"of {LABELS} called {LABEL_NAMES}, else the only column of 0 and 1. Put the files of each table into a "
-            "folder of its own, or name the column of labels by --label"
-        )
+        raise DataError(Problem.TWO_TABLES_OF_A_KIND, named, places, LABELS, LABEL_NAMES)
     return sorted(logs, key=lambda log: log.name != "impressions")
 
 
@@ -157,7 +154,7 @@ def _labels_of(named: str, tables: Mapping[str, TableProfile], label: str | None
     labels = {place: min(names, key=lambda name: "like" in name.lower()) for place, names in found.items() if names}
     if label and not labels:
         there = "; ".join(f"{place}: {', '.join(table.columns)}" for place, table in tables.items())
-        raise DataError(f"{named}: --label {label} is not a column of {LABELS} there; columns of {there}")
+        raise DataError(Problem.NO_SUCH_LABEL, named, label, LABELS, there)
     likely = {place: flat[0].name for place, flat in columns.items() if len(flat) == 1 and flat[0].num_different == 2}
     if labels or len(likely) != 1:
         return labels, ""
@@ -283,17 +280,14 @@ def _check_label(mapping: Path, label: str | None) -> None:
     for key in ("impressions", "columns", "label"):
         found = found.get(key) if isinstance(found, dict) else None
     if found not in (None, label):
-        raise DataError(
-            f"label={label}: {mapping} is there already, and has label: {found}; correct it, or remove it so that it "
-            "is guessed again"
-        )
+        raise DataError(Problem.MAPPED_LABEL_DIFFERS, label, mapping, found)
 
 
 def _guess_mapping(folder: Path, mapping: Path, label: str | None) -> None:
     found = inspect_logs(Storage(folder), MOST_ROWS, label=label)
     if found[0].name != "impressions":
         there = "; ".join(f"{log.files}: {', '.join(log.table.columns)}" for log in found)
-        raise DataError(f"no column is known as the label of impressions, so name it by label; columns of {there}")
+        raise DataError(Problem.NO_LABEL_KNOWN, there)
     mapping.write_text(render_mapping(found, str(folder), str(folder), str(mapping)), encoding="utf-8")
 
 
@@ -625,14 +619,12 @@ def inspect_samples(
     ):
         column = table.columns.get(name)
         if column is None or column.depth != depth or column.content not in contents:
-            found = f"is {column.type}" if column else f"is not among {', '.join(table.columns)}"
-            raise SchemaError(
-                f"{storage.url}: column {name} {found}; it has to be {what} (--label and --group name them)"
-            )
+            found = column.type if column else f"not among {', '.join(table.columns)}"
+            raise SchemaError(Problem.UNFIT_COLUMN, storage.url, name, found, what)
     suggestion = suggest(table, label)
     ad_ids = [each.name for each in suggestion.fields if each.side == "ad" and each.kind == "id"]
     if not ad_ids:
-        raise SchemaError(f"{storage.url}: no column has one id for each impression, by which new ads are known")
+        raise SchemaError(Problem.NO_ID_OF_ADS, storage.url)
     new_ad = next((name for name in ("ad_item", "ad", "ad_id") if name in ad_ids), ad_ids[0])
     suggestion.leave_out_ids_of_images(new_ad)
     return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion

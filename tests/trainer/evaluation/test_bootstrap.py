@@ -16,6 +16,7 @@ import torch
 
 from featurestore.console.page import ReportPage, recorded
 from tests.pages import check_page
+from tests.raised import raises
 from tests.trainer.conftest import write_samples
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
@@ -50,6 +51,7 @@ from trainer.evaluation.predict import (
     slicings_by,
 )
 from trainer.evaluation.report import compare_runs, number, range_of
+from trainer.problems import Problem
 from trainer.runs.saved import RunSource
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader
@@ -331,7 +333,7 @@ def test_other_impressions_are_refused() -> None:
     (one,), (other,) = predictions(0, (1, 0.5)), predictions(1, (1, 0.5))
     shorter = dataclasses.replace(one.impressions, **{name: getattr(one.impressions, name)[:-1] for name in FOUND})
     for changed in (other.impressions, shorter):
-        with pytest.raises(DataError, match="the other run predicted other impressions"):
+        with raises(DataError, Problem.OTHER_IMPRESSIONS, where="the other run", other="one run"):
             compare(one, Predictions(one.logit_N, changed))
 
 
@@ -398,5 +400,5 @@ def test_times_of_any_unit(unit: str) -> None:
     times = pa.array(seconds, pa.timestamp("s")).cast(pa.timestamp(unit, tz="UTC"))
     assert seconds_of(times, "timestamp", "a file").to_pylist() == seconds
     assert seconds_of(pa.array(seconds), "timestamp", "a file").to_pylist() == seconds
-    with pytest.raises(SchemaError, match="a file: column timestamp is string, expected a timestamp or whole seconds"):
+    with raises(SchemaError, Problem.NOT_A_TIME, where="a file", column="timestamp", value="string"):
         seconds_of(pa.array(["noon"]), "timestamp", "a file")

@@ -1,6 +1,7 @@
 """crossmedia evaluate on tiny runs: what it writes, other samples and stores, two ranks."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ from PIL import Image
 
 from featurestore.store import FeatureStore
 from tests.cli import invoke
+from tests.raised import told
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn, values_of, write_samples
 from tests.trainer.whole_runs import alike, report_of, run_alone
 from trainer.evaluate import app
 from trainer.evaluation import bootstrap
 from trainer.evaluation.bootstrap import METRICS
+from trainer.problems import Problem
 from trainer.runs.folder import find_checkpoint
 from trainer.samples.survey import write_part
 
@@ -107,7 +110,7 @@ def test_slices_by_a_column_are_named_as_the_logs_name_its_values(
     assert first["users"] == 1 and all(each["value"] is None for each in first["metrics"].values())
     for name in ("behavior_item", "nothing"):
         said = evaluate(run, "--by", name, code=2)
-        assert f"--by {name}: the schema has no such field of one id a row; it has user, " in said
+        assert re.search(told(Problem.BY_UNKNOWN_FIELD, value=name, known=re.compile("user, .*")), said)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.raised import raises
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, make_days, values_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
@@ -19,6 +20,7 @@ from trainer.comm import SoloComm
 from trainer.config import IdOptimizer, load_config
 from trainer.daily import follow
 from trainer.errors import CheckpointError, ConfigError
+from trainer.problems import Problem
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
@@ -186,5 +188,5 @@ def test_days_have_to_be_known(exact: Train, places: Places, tmp_path: Path) -> 
     samples = shutil.copytree(places.folder / "samples", tmp_path / "samples")
     (samples / "train" / "day=2026-01-02.parquet").rename(samples / "train" / "more.parquet")
     tables = TABLES.replace("max_rows: 20", "max_rows: 20, expire_days: 3")
-    with pytest.raises(ConfigError, match=r"model\.tables\.image\.expire_days=3 counts the days .* leave it out"):
+    with raises(ConfigError, Problem.EXPIRY_WITHOUT_DAYS, where="image", value=3):
         exact("undated", data__samples=samples, model__tables=tables)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from explorer.data.impressions.open_runs import noted_weights
+from tests.raised import raises
 from trainer.config import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
@@ -28,6 +29,7 @@ from trainer.models.layers import (
 )
 from trainer.models.nets import TwoTower, build_model
 from trainer.models.pooling import AGGREGATORS, Aggregator
+from trainer.problems import Problem
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema.fields import Field, Schema, load_schema
 
@@ -107,8 +109,8 @@ def test_din_refuses_lists_of_unequal_length() -> None:
     lists = {"behavior_item": np.array([2, 2, 2]), "behavior_shop": np.array([2, 3, 2])}
     fields = {name: Jagged(np.zeros(lengths.sum(), np.int64), lengths) for name, lengths in lists.items()}
     batch = Batch(fields, {}, np.arange(3), np.zeros(3, np.float32), np.zeros(3, np.int64), 3)
-    message = "pairs behavior_item and behavior_shop value by value, but a user has 2 of the one and 3 of the other"
-    with pytest.raises(DataError, match=message):
+    pair = {"where": "behavior_item", "value": 2, "other": "behavior_shop", "other_count": 3}
+    with raises(DataError, Problem.UNPAIRED_BEHAVIORS, **pair):
         model.check(batch)
     build_model(SCHEMA, config(base="mlp")).check(batch)
     fields["behavior_shop"] = fields["behavior_item"]
@@ -128,28 +130,31 @@ def cover(**names: str) -> Field:
     return Field(**{"side": "ad", "kind": "content", "name": "cover", **names})
 
 
+NO_PART = Problem.NAME_OF_NO_PART
+
+
+def named(where: str, setting: str, value: str, better: str) -> dict[str, str]:
+    return {"where": where, "setting": setting, "value": value, "better": better}
+
+
 @pytest.mark.parametrize(
-    ("fields", "settings", "message"),
+    ("fields", "settings", "problem", "values"),
     [
-        ([USER, BEHAVIORS], {"base": "din", "images": "none"}, r"=din needs a multi_id field .* set model\.base=mlp"),
-        ([USER], {"images": "ad"}, r"model\.images=ad needs a field of kind content on side ad"),
-        ([BEHAVIOR_IMAGE], {"images": "behavior"}, r"model\.pooling=attentive needs a field on side ad"),
-        ([BEHAVIOR_IMAGE, AD_IMAGE], {"pooling": "multi_query"}, r"the ad's IDs too.*model\.pooling=attentive"),
-        ([cover(store="items")], {"images": "ad"}, "field cover: store=items cannot name a part .* as my_items"),
-        ([cover(store="a.b")], {"images": "ad"}, "store=a.b cannot name a part of the model; .* as my_a_b"),
-        ([cover(name="keys")], {"images": "ad"}, "field keys: name=keys cannot name a part of the model"),
-        ([SCHEMA.fields[1]], {"images": "none"}, "no field of kind id, multi_id or content"),
-        ([AD_ITEM], {"base": "two_tower", "images": "none"}, r"model\.base=two_tower needs a field of side user"),
-        ([USER, *CONTEXT], {"base": "two_tower", "images": "none"}, r"two_tower needs a field of side ad"),
-        (
-            SCHEMA.fields,
-            {"base": "two_tower", "dropout": 0.1},
-            r"two_tower makes the user's vector once .*set model\.dropout=0",
-        ),
+        ([USER, BEHAVIORS], {"base": "din", "images": "none"}, Problem.NO_PAIRED_FIELDS, {}),
+        ([USER], {"images": "ad"}, Problem.NO_CONTENT_FIELD, {"value": "ad", "side": "ad"}),
+        ([BEHAVIOR_IMAGE], {"images": "behavior"}, Problem.NO_FIELD_TO_QUERY, {"value": "attentive"}),
+        ([BEHAVIOR_IMAGE, AD_IMAGE], {"pooling": "multi_query"}, Problem.NO_IDS_TO_QUERY, {"value": "multi_query"}),
+        ([cover(store="items")], {"images": "ad"}, NO_PART, named("cover", "store", "items", "items")),
+        ([cover(store="a.b")], {"images": "ad"}, NO_PART, named("cover", "store", "a.b", "a_b")),
+        ([cover(name="keys")], {"images": "ad"}, NO_PART, named("keys", "name", "keys", "keys")),
+        ([SCHEMA.fields[1]], {"images": "none"}, Problem.NO_FIELD_TO_LEARN, {}),
+        ([AD_ITEM], {"base": "two_tower", "images": "none"}, Problem.TOWER_WITHOUT_FIELD, {"side": "user"}),
+        ([USER, *CONTEXT], {"base": "two_tower", "images": "none"}, Problem.TOWER_WITHOUT_FIELD, {"side": "ad"}),
+        (SCHEMA.fields, {"base": "two_tower", "dropout": 0.1}, Problem.DROPOUT_IN_TOWER, {}),
     ],
 )
-def test_refusals(fields: Sequence[Field], settings: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_refusals(fields: Sequence[Field], settings: dict[str, str], problem: Problem, values: dict[str, str]) -> None:
+    with raises(ConfigError, problem, **values):
         build_model(Schema(fields=tuple(fields)), config(**settings))
 
 

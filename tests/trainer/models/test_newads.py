@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.raised import raises
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, drawn_store, sample_table, write_samples
@@ -28,6 +29,7 @@ from trainer.exchange.vectors import FieldVectors
 from trainer.loop.training import LEAST, checked
 from trainer.models.nets import build_model
 from trainer.models.newads import NewAds, build_new_ads, dropped, own_ids_of_ads
+from trainer.problems import Problem
 from trainer.runs.saved import RunSource, open_source
 from trainer.schema.fields import Field, Schema, load_schema
 
@@ -93,7 +95,7 @@ BEHAVIOR = Field(name="behavior_image", side="user", kind="content", width=3)
 
 
 def test_rows_that_start_late_cannot_tell_new_ads() -> None:
-    with pytest.raises(ConfigError, match=r"=0.1 .* set model.tables.image.admit_after=1, or model.image_dropout=0"):
+    with raises(ConfigError, Problem.NEW_IDS_SHARE_A_ROW, value=0.1, where="image"):
         build_model(SCHEMA, _config(tables=LATE))
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
 from serving.scoring.scorer import Scorer
+from tests.raised import raises, told
 from tests.ranks import StandingRanks
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
@@ -24,6 +26,7 @@ from trainer.config import ModelConfig, load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluation.predict import predict_run
 from trainer.models.nets import build_model
+from trainer.problems import Problem
 from trainer.schema.fields import load_schema
 
 ROOT = Path(__file__).parents[3]
@@ -98,21 +101,24 @@ class Nan(Dicm):
     def forward(self, *given):
         return super().forward(*given) * float("nan")
 """
+NO_MODULE = re.compile("^ModuleNotFoundError: No module named 'no_such")
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "problem", "values"),
     [
-        ("nopackage.MyNet", "importing nopackage fails: .* install the package"),
-        ("mypackage.broken.MyNet", "importing mypackage.broken fails: ModuleNotFoundError: No module named 'no_such"),
-        ("mypackage.wrong.NoNet", "mypackage.wrong has no class NoNet that extends trainer.models.ctr.CtrModel"),
-        ("mypackage.wrong.torch", "has no class torch that extends"),
-        ("mypackage.wrong.Plain", "has no class Plain that extends"),
-        ("mypackage.wrong.Fixed", "its parameter scale has no gradient; make it a buffer"),
+        ("nopackage.MyNet", Problem.NET_NOT_IMPORTED, {"module": "nopackage"}),
+        ("mypackage.broken.MyNet", Problem.NET_NOT_IMPORTED, {"module": "mypackage.broken", "reason": NO_MODULE}),
+        ("mypackage.wrong.NoNet", Problem.NO_SUCH_NET, {"module": "mypackage.wrong", "name": "NoNet"}),
+        ("mypackage.wrong.torch", Problem.NO_SUCH_NET, {"module": "mypackage.wrong", "name": "torch"}),
+        ("mypackage.wrong.Plain", Problem.NO_SUCH_NET, {"module": "mypackage.wrong", "name": "Plain"}),
+        ("mypackage.wrong.Fixed", Problem.FIXED_PARAMETER, {"parameter": "scale"}),
     ],
 )
-def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, package: Path) -> None:
-    with pytest.raises(ConfigError, match=says) as raised:
+def test_a_class_that_does_not_fit_is_one_line(
+    path: str, problem: Problem, values: dict[str, Any], package: Path
+) -> None:
+    with raises(ConfigError, problem, value=path, **values) as raised:
         build_model(load_schema(), ModelConfig(base=path))
     assert "\n" not in str(raised.value)
 
@@ -138,7 +144,8 @@ def test_a_net_that_rank_1_alone_lacks_is_told_by_rank_0(
     settings = places.settings(run__dir=tmp_path, model__base=base)
     (code, out), (other, _) = two_ranks.call("-m", "trainer.main", "--set", *settings)
     assert (code, other) == (1, 2) and out.count("error: ") == 1
-    assert f"model.base={base}: importing" in out and "rank 1" in out and "no_such_package" in out
+    missing = told(Problem.NET_NOT_IMPORTED, value=base, reason=re.compile(".*no_such_package.*"))
+    assert re.search(missing, out) and "rank 1" in out
 
 
 def test_pages_import_only_the_package_that_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

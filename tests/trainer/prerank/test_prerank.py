@@ -4,6 +4,7 @@ The index on disk: versions, additions, what is refused, and that nothing half w
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from featurestore.published.versions import open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from tests.cli import invoke
 from tests.faulty import Fault, opened_faulty
+from tests.raised import raises, told
 from tests.trainer.conftest import Places, make_days, make_places, write_samples
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.errors import AdIndexError, DataNotFoundError
 from trainer.prerank.__main__ import app
 from trainer.prerank.adindex import AdIndex, IndexOrigin, recall_at, user_queries, user_vectors
+from trainer.problems import Problem
 from trainer.runs import open as opening
 from trainer.runs.saved import TrainedRun, open_test, open_trained
 from trainer.samples.reader import Batch
@@ -190,7 +193,8 @@ def test_a_sync_leaves_the_ads_of_the_table(run: Path, out: str, tmp_path: Path)
     (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
     assert set(found.tolist()) == set(range(4, 24))
     cut = ads_table([4, 5], tmp_path / "cut.parquet")
-    assert "--max-gone 1 allows it" in job(run, "--out", out, "--sync", cut, code=1).stderr
+    refused = told(Problem.TOO_MANY_GONE, value=18, known=20, where=out)
+    assert re.search(refused, job(run, "--out", out, "--sync", cut, code=1).stderr)
     assert "2 unchanged, 18 removed" in done(run, "--out", out, "--sync", cut, "--max-gone", 1)
 
 
@@ -218,19 +222,22 @@ def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
     assert by_key(out)[77] != as_zeros
 
 
+ID, NULL = "integer (or string)", told(Problem.NULL_IN_COLUMN, where=re.compile(".*, row 1"), column="ad_category")
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"ad_image": None}, 2, "column ad_image is missing, expected integer"),
-        ({"ad_image": [0.5, 1.5]}, 2, "column ad_image is double, expected integer (or string)"),
-        ({"ad_item": [1, 1]}, 1, "ad_item=1 is in several rows; an ad has one row"),
-        ({"ad_category": [1, None]}, 1, "row 1: column ad_category is null"),
+        ({"ad_image": None}, 2, told(Problem.COLUMN_MISSING, column="ad_image", wanted=ID)),
+        ({"ad_image": [0.5, 1.5]}, 2, told(Problem.COLUMN_OF_OTHER_TYPE, column="ad_image", value="double", wanted=ID)),
+        ({"ad_item": [1, 1]}, 1, told(Problem.AD_TWICE, column="ad_item", value=1)),
+        ({"ad_category": [1, None]}, 1, NULL),
     ],
 )
 def test_wrong_tables(changes: dict[str, object], code: int, message: str, run: Path, out: str, tmp_path: Path) -> None:
     changes = {name: value and pa.array(value) for name, value in changes.items()}
     result = job(run, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes), code=code)
-    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert result.stderr.startswith("error: ") and re.search(message, result.stderr)
     assert not Path(out).exists()
 
 
@@ -240,7 +247,7 @@ def test_a_table_of_one_row_none_or_not_there(run: Path, out: str, tmp_path: Pat
         assert f"{kind}, 1 ads" in text
     for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
         result = job(run, "--out", out, "--ads", table, code=2)
-        assert "there is no *.parquet file with a row in it" in result.stderr
+        assert re.search(told(Problem.ADS_WITHOUT_ROWS, where=table), result.stderr)
 
 
 WIDTH = 4
@@ -288,7 +295,7 @@ def test_a_place_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
     else:
         (tmp_path / name).write_text("rows")
     before = open_published(tmp_path).list()
-    with pytest.raises(AdIndexError, match=r"has files that are not of an index of ads \((train|samples\.txt)\)"):
+    with raises(AdIndexError, Problem.NOT_ONLY_AN_INDEX, where=tmp_path, value=name.replace("versions", "train")):
         AdIndex.build(str(tmp_path), "flat", KEYS, vectors(4), ORIGIN)
     with pytest.raises(DataNotFoundError):
         AdIndex.open(str(tmp_path))
@@ -300,7 +307,8 @@ def test_nothing_new_and_what_is_refused_make_no_version(url: str) -> None:
     ads, added = AdIndex.open(url).update(KEYS[:2], vectors(4)[:2], ORIGIN)
     assert (added, ads.version) == ({"new": 0, "changed": 0, "unchanged": 2, "removed": 0}, 1)
     other = ORIGIN.model_copy(update={"checkpoint": "step-2", "checkpoint_digest": "d2"})
-    with pytest.raises(AdIndexError, match="has vectors of checkpoint step-1 of run a, and not of step-2 of run a"):
+    names_of = {"value": "step-1", "run": "a", "wanted": "step-2", "wanted_run": "a"}
+    with raises(AdIndexError, Problem.INDEX_OF_OTHER_CHECKPOINT, where=url, **names_of):
         AdIndex.open(url).update(KEYS, vectors(4), other)
     with pytest.raises(InvalidRowsError):
         AdIndex.open(url).update(KEYS, np.full((4, WIDTH), np.inf, np.float32), ORIGIN)
@@ -317,7 +325,7 @@ def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str, monkeypa
     monkeypatch.setattr("trainer.prerank.adindex.KEEP_REPLACED_S", -1.0)
     AdIndex.build(url, "flat", KEYS[:1], vectors(1), other)
     assert (AdIndex.open(url).version, len(names(Path(url, "versions"))), len(names(Path(url, "files")))) == (3, 1, 3)
-    with pytest.raises(CorruptFileError, match="is missing"):
+    with raises(CorruptFileError, Problem.INDEX_FILE_MISSING, where=re.compile(r"/ads-.*\.parquet$")):
         held.vectors()
 
 
@@ -369,7 +377,7 @@ def test_a_sync_adds_changes_and_removes_in_one_version_but_for_most(url: str) -
     for each in (ads, again := AdIndex.open(url)):
         assert (each.version, each.state, by_key(url)) == (2, again.state, expected)
         assert found_by(each, 9) == set(keys.tolist())
-    with pytest.raises(AdIndexError, match=r"3 of the 4 ads in .* are not in the table, more than a share of 0\.5"):
+    with raises(AdIndexError, Problem.TOO_MANY_GONE, value=3, known=4, where=url, limit=0.5):
         AdIndex.open(url).update(keys[:1], table[:1], ORIGIN, max_gone=0.5)
     assert AdIndex.open(url).state.num_ads == 4
     ads, changes = AdIndex.open(url).update(keys[:1], table[:1], ORIGIN, max_gone=1)

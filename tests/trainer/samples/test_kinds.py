@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.cli import invoke
+from tests.raised import raises
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import ad_columns, reader_of, rewrite, with_every_kind
 from tests.trainer.whole_runs import run_alone
@@ -20,6 +21,7 @@ from trainer.config import ModelConfig
 from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError
 from trainer.prerank.adindex import ad_vectors, ads_of_samples, ads_of_table, origin_of, towers, user_vectors
+from trainer.problems import Problem
 from trainer.runs import open as opening
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import bucket_ids, dense_values
@@ -168,9 +170,10 @@ def test_each_number_of_a_row_has_its_own_scale_and_one_that_becomes_infinite_is
     field = dense(width=2, transform="standardize", mean=[1.0, -1.0], std=[2.0, 4.0], fill="mean")
     found = dense_values(field, np.array([3.0, NAN, 1.0, 7.0], np.float32))
     np.testing.assert_array_equal(found, [[1.0, 0.0], [0.0, 2.0]])
-    with pytest.raises(OverflowingValueError) as error:
+    with raises(OverflowingValueError, Problem.TOO_BIG, where="column price") as error:
         dense_values(field.model_copy(update={"std": (1.0, 0.18)}), np.array([3.4e38, 1, 1, -3.4e38], np.float32))
-    assert (error.value.column, error.value.row, error.value.value) == ("price", 1, pytest.approx(-3.4e38))
+    value = error.value.values["value"]
+    assert (error.value.column, error.value.row, value) == ("price", 1, pytest.approx(-3.4e38))
 
 
 BOUNDED = Field(name="b", side="ad", kind="id", boundaries=[0, 10, 100], fill="bucket")

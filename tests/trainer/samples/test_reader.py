@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import sys
 import threading
@@ -19,12 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faulty import FaultyStorage
+from tests.raised import raises
 from tests.trainer.conftest import sample_table, write_samples
 from tests.trainer.runs.saved import ThreadComm, on_ranks
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
 from trainer.config import DataConfig
 from trainer.errors import DataError, SchemaError
+from trainer.problems import Problem
 from trainer.runs.open import PartReader
 from trainer.samples.columns import rules_of
 from trainer.samples.index import (
@@ -320,11 +323,11 @@ def test_ranks_without_samples_have_empty_fields(samples: Samples) -> None:
 
 
 def test_no_samples_names_the_job(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="crossmedia samples"):
+    with raises(DataError, Problem.NO_SAMPLES, where=tmp_path / "train", value=0):
         open_index(SoloComm(), str(tmp_path), "train", SCHEMA)
     (tmp_path / "train").mkdir()
     pq.write_table(sample_table(1).slice(0, 0), tmp_path / "train" / "a.parquet")
-    with pytest.raises(DataError, match="crossmedia samples"):
+    with raises(DataError, Problem.NO_SAMPLES, where=tmp_path / "train", value=1):
         open_index(SoloComm(), str(tmp_path), "train", SCHEMA)
 
 
@@ -334,18 +337,18 @@ def test_damaged_and_changed_files_are_named(tmp_path: Path) -> None:
     content = path.read_bytes()
     reader = reader_of(tmp_path)
     path.write_bytes(content[:20] + bytes(400) + content[420:])
-    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet, row group \d+ is damaged"):
+    with raises(DataError, Problem.SAMPLES_DAMAGED, where=re.compile(rf"^{path}, row group \d+$")):
         list(reader.batches())
     for unreadable in (content[: len(content) // 2], content.replace(b"session", b"sess\xffon")):
         path.write_bytes(unreadable)
-        with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
+        with raises(DataError, Problem.NOT_PARQUET, where=path):
             reader_of(tmp_path)
     path.unlink()
-    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is gone"):
+    with raises(DataError, Problem.SAMPLES_GONE, where=path):
         list(reader.batches())
     shutil.rmtree(tmp_path / "train")
     write_samples(tmp_path / "train", [30, 30], seed=1)
-    with pytest.raises(DataError, match=r"day=2026-01-0\d\.parquet has changed since the run began"):
+    with raises(DataError, Problem.SAMPLES_CHANGED, where=re.compile(r"/day=2026-01-0\d\.parquet$")):
         list(reader.batches())
 
 
@@ -365,26 +368,31 @@ def test_days_are_found_in_either_split(tmp_path: Path) -> None:
     assert found == [s for t in (tables[0], tables[2]) for row in t["ad_serial"].to_pylist() for s in row]
     assert opened(["2026-01-03"]).layout_digest == alone.layout_digest != index.layout_digest
     assert opened([]).num_samples == 0
-    with pytest.raises(DataError, match=r"no samples of 2026-01-09: its files are from 2026-01-01 to 2026-01-03"):
+    lacking, known = Problem.NO_SAMPLES_OF_DAYS, "from 2026-01-01 to 2026-01-03"
+    with raises(DataError, lacking, where=tmp_path, value="2026-01-09", known=known):
         opened(["2026-01-09"])
     for number, file in enumerate(sorted(tmp_path.glob("*/*.parquet"))):
         file.rename(file.with_name(f"part-{number}.parquet"))
-    with pytest.raises(DataError, match="its files are not named by day"):
+    with raises(DataError, lacking, where=tmp_path, value="2026-01-01", known=re.compile("^not named by day")):
         opened(["2026-01-01"])
 
 
 def test_one_column_is_read_one_way_and_its_fields_have_all_a_fill_or_none() -> None:
     clash = Schema(fields=(*SCHEMA.fields, Field(name="items", side="user", kind="id", column="ad_item")))
-    message = r"column ad_item: field items reads it as integer of side user, .*; change one of them in the schema"
-    with pytest.raises(SchemaError, match=message):
+    rules = {"owner": "field items", "value": "integer", "side": "user", "hint": "change one of them"}
+    with raises(SchemaError, Problem.COLUMN_OF_TWO_RULES, where="ad_item", **rules):
         rules_of(clash)
     buckets = Field(name="bucket", side="ad", kind="id", column="price", buckets=8)
     scaled = Field(name="price", side="ad", kind="dense", transform="log_standardize")
     filled = (buckets.model_copy(update={"fill": "bucket"}), scaled.model_copy(update={"fill": "mean"}))
     for fields in ((buckets, scaled), filled):
         assert rules_of(Schema(fields=(*SCHEMA.fields, *fields)))["price"].may_miss == (fields is filled)
-    for fields in ((buckets, filled[1]), (filled[0], scaled)):
-        with pytest.raises(SchemaError, match=r"column price: .*list<real or null> .*; give both fields a fill, or"):
+    for fields, types in (
+        ((buckets, filled[1]), {"value": "list<real or null>", "other_rule": "list<real>"}),
+        ((filled[0], scaled), {"value": "list<real>", "other_rule": "list<real or null>"}),
+    ):
+        types |= {"hint": "give both fields a fill, or neither (weights have none)"}
+        with raises(SchemaError, Problem.COLUMN_OF_TWO_RULES, where="price", **types):
             rules_of(Schema(fields=(*SCHEMA.fields, *fields)))
 
 

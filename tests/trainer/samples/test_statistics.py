@@ -15,6 +15,7 @@ import pytest
 from featurestore.storage import storage
 from featurestore.storage.storage import Storage
 from tests.cli import invoke
+from tests.raised import raises
 from tests.trainer.conftest import Places, change_column, make_places
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import rewrite, with_every_kind
@@ -23,6 +24,7 @@ from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import app as evaluate
+from trainer.problems import Problem
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.open import open_run
@@ -129,9 +131,9 @@ def test_one_sample_has_statistics_where_it_has_a_number(tmp_path: Path) -> None
 
     _, found, buckets = measured(0.1, x, bucket)
     assert (found.mean, found.std, buckets.boundaries) == ((float(np.float32(0.1)),), (1.0,), ())
-    with pytest.raises(DataError, match=r"a\.parquet, row 0: column x is null"):
+    with raises(DataError, Problem.NULL_IN_COLUMN, where=f"{tmp_path}/train/a.parquet, row 0", column="x"):
         measured(None, x)
-    with pytest.raises(DataError, match="field x: column x has no number in the training samples"):
+    with raises(DataError, Problem.NO_NUMBERS, where="x", column="x", lacking="mean"):
         measured(None, x.model_copy(update={"fill": "mean"}))
 
 

@@ -1,6 +1,7 @@
 """Texts and crossed columns as IDs: the same numbers whatever Arrow type they come in, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -17,12 +18,14 @@ from featurestore.published.paths import RemotePath, run_path
 from featurestore.storage.storage import Storage
 from pipeline.samples.mapping import parse_ids
 from tests.cli import invoke
+from tests.raised import raises, told
 from tests.trainer.conftest import Places, make_places, sample_table
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, reader_of, replaced, rewrite, written
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError
+from trainer.problems import Problem
 from trainer.runs.folder import find_checkpoint, finished
 from trainer.samples import columns, survey
 from trainer.samples.columns import rules_of
@@ -107,7 +110,7 @@ def test_no_two_tuples_are_one_id(tmp_path: Path) -> None:
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     users = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
-    with pytest.raises(DataError, match=r"a\.parquet: column user has text that is not UTF-8; write the file in UTF-8"):
+    with raises(DataError, Problem.NOT_UTF8, where=re.compile(r"/a\.parquet: column user$")):
         read(tmp_path, sample_table(3).set_column(0, "user", users))
 
 
@@ -206,9 +209,9 @@ def test_two_texts_of_one_id_are_refused(
     day = min((wordy.folder / "samples" / "train").iterdir(), key=lambda path: path.stat().st_size)
     (tmp_path / "samples" / "train").mkdir(parents=True)
     shutil.copy(day, tmp_path / "samples" / "train")
-    with pytest.raises(DataError, match="id 5764607523034234880 is that of two texts of the samples, ") as caught:
+    with raises(DataError, Problem.TWO_TEXTS, where=5764607523034234880) as caught:
         written_to(tmp_path, wordy, samples=tmp_path / "samples")
-    assert all(repr(text) in str(caught.value) for text in colliding)
+    assert {caught.value.values["value"], caught.value.values["other"]} == colliding
     assert not (tmp_path / IDS_FILE).exists()
 
 
@@ -259,7 +262,7 @@ def test_a_run_takes_the_texts_next_to_its_samples(wordy: Places, tmp_path: Path
     wanted = {hashed("newer"): "newer", hashed("of the logs"): "of the logs"}
     assert survey.texts_of_ids([*wanted, 17, 2**70], (of_run, of_samples, None)) == wanted
     pq.write_table(pa.table({"id": [1], "text": ["one"]}), samples / IDS_FILE)
-    with pytest.raises(DataError, match=r"ids\.parquet is not a dictionary of IDs"):
+    with raises(DataError, Problem.NOT_A_DICTIONARY, where=samples / IDS_FILE):
         written_to(tmp_path, wordy, samples=samples)
 
 
@@ -291,6 +294,6 @@ def test_lookup_goes_both_ways_and_names_a_missing_or_damaged_dictionary(
     ]
     first = sorted(expected(wordy).items())[:10]
     assert said(run).splitlines()[1:] == [f"{number}  {text}" for number, text in first]
-    assert f"{tmp_path} has no ids.parquet" in said(tmp_path, 3, code=2)
+    assert re.search(told(Problem.NO_TEXTS, where=tmp_path), said(tmp_path, 3, code=2))
     (tmp_path / IDS_FILE).write_bytes((run / IDS_FILE).read_bytes()[:500])
-    assert f"error: {tmp_path / IDS_FILE} is not a readable Parquet file" in said(tmp_path, 3, code=1)
+    assert re.search(f"error: {told(Problem.NOT_PARQUET, where=tmp_path / IDS_FILE)}", said(tmp_path, 3, code=1))
