@@ -19,6 +19,7 @@ from explorer.data.cache import TableCache, about_of, described, digest_of
 from explorer.data.runs.folders import trained_runs
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
@@ -112,7 +113,7 @@ def begin(places: Places, background: Background) -> Task[AdFigures]:
     try:
         run = next((run.name for run in trained_runs(places)), None)
         if run is None:
-            raise ExplorerError("impressions and CTR are counted in the test samples of a run: name runs by --runs")
+            raise ExplorerError(Problem.NEEDS_RUNS)
         data = load_saved(places.run(run) / "config.yaml").data
         checkpoints = [each.name for each in finished(places.run(run))]
     except UserError as error:
