@@ -301,7 +301,7 @@ def check(
     print_summary("\n".join([logits, *(f"note         {note}" for note in found.notes)]))
     write_json_option(json_file, asdict(found))
     if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
-        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
+        print_problem(Problem.TOO_FAR.of(found.worst, allowed))
         raise typer.Exit(FAILED)
 
 

@@ -358,6 +358,6 @@ def _first(values: Sequence[Any], usable: set[type], wanted: str) -> UnusableVal
     """Make the error of the first value of another type."""
     place = next(place for place, value in enumerate(values) if type(value) not in usable)
     value = values[place]
-    is_large = type(value) is float and abs(value) >= 1 << 63  # the JSON parser returns larger whole numbers as floats
-    way_out = "; send a number beyond 64 bits as a text if it is a name" if is_large and "text" in wanted else ""
-    return UnusableValueError(place, Problem.UNFIT, short_repr(value), wanted + way_out)
+    if type(value) is float and abs(value) >= 1 << 63:  # the JSON parser returns larger whole numbers as floats
+        return UnusableValueError(place, Problem.BEYOND_64_BITS, short_repr(value))
+    return UnusableValueError(place, Problem.UNFIT, short_repr(value), wanted)

@@ -9,6 +9,7 @@ from explorer.data.runs.curves import CurveReader
 from explorer.data.runs.folders import open_run, read_runs, run_names
 from explorer.errors import NotHereError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore import key_of_uri
 from featurestore.storage.storage import Storage
 from tests.explorer.serving import Reader
@@ -35,7 +36,11 @@ def test_store_and_pictures(s3_url: str) -> None:
     assert "Images 4" in texts["/store"].text
     assert {*texts["/store/arrived"].uris()} == {"a/1.jpg", "a/2.jpg", "a/3.jpg", "none.jpg"}
     assert "among all 4 images" in reader.read(f"/images/{key_of_uri('a/3.jpg')}").text
-    for uri, problem in (("a/3.jpg", None), ("none.jpg", "no picture"), ("../features/store.json", "refused")):
+    for uri, problem in (
+        ("a/3.jpg", None),
+        ("none.jpg", Problem.NO_PICTURE),
+        ("../features/store.json", Problem.REFUSED),
+    ):
         assert reader.client.get("/picture", params={"uri": uri}).headers.get("x-picture-problem") == problem
 
 
