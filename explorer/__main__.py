@@ -71,8 +71,8 @@ def export(settings: ExportSettings) -> None:
     """Write the same pages into a folder, following all links from the first page. Leaves out forms and live parts."""
     check_installed()
     out, most_files = settings.out, settings.most_files
-    if not isinstance(run_path(out), Path):
-        raise typer.BadParameter(Problem.IS_ADDRESS.of(out), param_hint="OUT")
+    if not isinstance(place := run_path(out), Path):
+        raise typer.BadParameter(Problem.IS_ADDRESS.of(place), param_hint="OUT")
     from explorer.export import export as write
     from explorer.html.site import size
 

@@ -146,7 +146,7 @@ def ad_figures(saved: "SavedRun", samples: str | None, task: Task[Any]) -> AdFig
     try:
         return AdFigures.of_table(_FILES.get(digest_of(_made_of(saved, samples)), counted))
     except UserError as error:
-        return nothing_known(f"CTR cannot be shown: {one_line(error)}")
+        return nothing_known(Problem.NO_CTR.of(one_line(error)))
 
 
 def _named(category_I: NDArray[Any], saved: "SavedRun", samples: Storage) -> NDArray[Any]:

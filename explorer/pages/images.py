@@ -176,8 +176,7 @@ class ImagePages(PageKind):
         try:
             await asyncio.wait_for(self._network.acquire(), _BUSY_S)
         except TimeoutError:
-            message = "The network is busy with other pictures: try again in a minute"
-            return self.site.page(request, "error.html", title="Busy", status=503, message=message)
+            return self.site.page(request, "error.html", title="Busy", status=503, message=Problem.BUSY.of())
         try:
             return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
         finally:

@@ -267,7 +267,7 @@ class ImpressionPages(PageKind):
             store = FeatureStore.open(self.site.places.store)
             check_sent(opened, group.columns.looks_of_ads, store)
         except UserError as error:
-            return f"No picture can be uploaded: {one_line(error)}."
+            return Problem.NO_UPLOAD.of(one_line(error))
         return str(why_not(store.info) or "")
 
     def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:

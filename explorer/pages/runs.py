@@ -196,7 +196,7 @@ class RunPages(PageKind):
             try:
                 by_run[run.name] = self._curves.read(self.site.places.run(run.name))
             except (OSError, StorageError, ValueError) as error:
-                problems.append(f"The curves of {run.name} cannot be read: {one_line(error)}")
+                problems.append(Problem.UNREADABLE_CURVES.of(run.name, one_line(error)))
         return Live(runs=runs, curves=by_run, problems=problems)
 
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from explorer.data.runs.comparing import read_evaluation
 from explorer.data.runs.curves import CurveReader
 from explorer.data.runs.folders import open_run, read_runs, run_names
@@ -16,6 +14,7 @@ from tests.explorer.serving import Reader
 from tests.explorer.stores import make_store, rows
 from tests.explorer.world import World
 from tests.pipeline.conftest import draw_photo, encode_image
+from tests.raised import raises
 from trainer.loop.summary import EventsFile
 
 
@@ -56,7 +55,7 @@ def test_runs(world: World, s3_url: str, tmp_path: Path) -> None:
         assert (run.state, run.settings, run.report) == (mine.state, mine.settings, mine.report)
         assert run.has_evaluation
         assert read_evaluation(far.run(run.name)) == read_evaluation(near.run(run.name))
-    with pytest.raises(NotHereError):
+    with raises(NotHereError, Problem.NO_RUN, where="nothing"):
         open_run(far, "nothing")
 
     reader = CurveReader()

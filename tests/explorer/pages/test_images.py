@@ -286,7 +286,7 @@ def test_pictures_wait_for_each_other_and_after_a_while_for_none(reader, shop, m
             impatient.setattr(pages, "_BUSY_S", 0.05)
             busy = send(reader, data)
         assert (busy.status_code, first.done()) == (503, False)
-        assert "try again" in Reading(busy.text).text
+        assert Problem.BUSY in Reading(busy.text).text
         second = pool.submit(send, reader, data)
         time.sleep(0.3)  # it waits for the first one
         goes_on.set()

@@ -77,31 +77,25 @@ def test_lists_of_unequal_lengths_one_candidate_and_none() -> None:
     assert (found["ad_item"], found["context ad_scene"], found[""]) == (([], [0]), ([5], [1]), ([0],))
 
 
+LENGTHS, TAGS, SQUARE = "ad_tags.lengths", tensor("ad_tags", [1, 2]), tensor("ad_tags", [1, 2], 1, 2)
+
+
 @pytest.mark.parametrize(
     ("tensors", "problem", "where", "values"),
     [
         ([tensor("user", [1, 2])], Problem.UNFIT, "input user: shape", {"value": "[2]", "wanted": "[1]"}),
         ([tensor("behavior_item", [1, 2], 2, 1)], Problem.UNFIT, "input behavior_item: shape", {"wanted": "[L]"}),
         ([tensor("ad_item", [1, 2], 1, 2)], Problem.UNFIT, "input ad_item: shape", {"wanted": "[C]"}),
-        ([tensor("ad_tags", [1, 2])], Problem.UNFIT, "input ad_tags: shape", {"wanted": re.compile(r"ad_tags\.len")}),
-        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [3])], Problem.OTHER_TOTAL, "ad_tags", {"value": 3}),
-        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [-1, 3])], Problem.OTHER_TOTAL, "ad_tags", {"value": 2}),
-        (
-            [tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [2.0], datatype="FP32")],
-            *(Problem.UNFIT, "input ad_tags.lengths", {"value": "FP32 [1]", "wanted": "INT64 [C]"}),
-        ),
-        (
-            [tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", ["2"])],
-            *(Problem.UNFIT, "input ad_tags.lengths", {"wanted": "INT64 [C]"}),
-        ),
-        (
-            [tensor("ad_tags", [1, 2], 1, 2), tensor("ad_tags.lengths", [2])],
-            *(Problem.UNFIT, "input ad_tags: shape", {"wanted": re.compile(r"^\[N\]")}),
-        ),
+        ([TAGS], Problem.UNFIT, "input ad_tags: shape", {"wanted": re.compile(r"\[N\] with .* ad_tags.lengths")}),
+        ([TAGS, tensor(LENGTHS, [3])], Problem.OTHER_TOTAL, "ad_tags", {"value": 3, "count": 2}),
+        ([TAGS, tensor(LENGTHS, [-1, 3])], Problem.OTHER_TOTAL, "ad_tags", {"value": 2}),
+        ([TAGS, tensor(LENGTHS, [2.0], datatype="FP32")], Problem.UNFIT, f"input {LENGTHS}", {"wanted": "INT64 [C]"}),
+        ([TAGS, tensor(LENGTHS, ["2"])], Problem.UNFIT, f"input {LENGTHS}", {"wanted": "INT64 [C]"}),
+        ([SQUARE, tensor(LENGTHS, [2])], Problem.UNFIT, "input ad_tags: shape", {"wanted": re.compile(r"^\[N\]")}),
         ([tensor("nothing", [1])], Problem.UNKNOWN_TENSOR, '"nothing"', {"part": "input"}),
-        ([tensor("ad_tags.lengths", [1])], Problem.UNKNOWN_TENSOR, '"ad_tags.lengths"', {"part": "input"}),
+        ([tensor(LENGTHS, [1])], Problem.UNKNOWN_TENSOR, f'"{LENGTHS}"', {"part": "input"}),
     ],
-)
+)  # fmt: skip
 def test_tensors_that_are_no_columns_are_named(
     tensors: list[Tensor], problem: Problem, where: str, values: dict[str, Any]
 ) -> None:
@@ -122,7 +116,7 @@ def test_metadata_has_a_shape_for_each_column() -> None:
     }
 
 
-X, SIZE, INFER = 'input "x"', "binary_data_size", "ctr/infer"
+X, SIZE = 'input "x"', "binary_data_size"
 OF_SIZE = {"where": f"{X}: {SIZE}"}
 
 
@@ -211,6 +205,10 @@ async def test_inference_by_json(client: httpx2.AsyncClient) -> None:
     assert np.frombuffer(binary.content[length:], "<f4") == pytest.approx([0.95262, 0.95266, 0.99331], abs=1e-5)
 
 
+INFER, FIRST, OUTPUT = "ctr/infer", "input ad_item[0]", {"part": "output", "known": re.compile("score, .*")}
+NO_ITEMS = {"column": "input ad_item", "wanted": re.compile("a list .*")}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
@@ -218,15 +216,15 @@ async def test_inference_by_json(client: httpx2.AsyncClient) -> None:
         ("ctr/versions/9/infer", infer_body(), 404, told(Problem.NOT_SERVED, value="9", version=3)),
         (INFER, [], 400, told(Problem.NO_INPUTS)),
         (INFER, {"inputs": infer_body()["inputs"] * 2}, 400, told(Problem.SENT_TWICE, where='"ad_item"')),
-        (INFER, infer_body(outputs=[{"name": "x"}]), 400, told(Problem.UNKNOWN_TENSOR, part="output", where='"x"')),
-        (INFER, infer_body(outputs=[{"name": [5]}]), 400, told(Problem.UNKNOWN_TENSOR, part="output", where="[5]")),
+        (INFER, infer_body(outputs=[{"name": "x"}]), 400, told(Problem.UNKNOWN_TENSOR, where='"x"', **OUTPUT)),
+        (INFER, infer_body(outputs=[{"name": [5]}]), 400, told(Problem.UNKNOWN_TENSOR, where="[5]", **OUTPUT)),
         (INFER, infer_body(outputs=3), 400, told(Problem.UNFIT, where="outputs", value=3)),
         (INFER, infer_body(id=3), 400, told(Problem.UNFIT, where="id", value=3)),
-        (INFER, {"inputs": [sent_as("FP32", 1.5)]}, 400, told(Problem.UNFIT, where="input ad_item[0]", value=1.5)),
-        (INFER, {"inputs": [sent_as("INT64", 1, name="user")]}, 400, told(Problem.NO_COLUMN, column="input ad_item")),
-        (INFER, {"inputs": [sent_as("UINT64", 2**63)]}, 400, told(Problem.BEYOND_64_BITS, where="input ad_item[0]")),
+        (INFER, {"inputs": [sent_as("FP32", 1.5)]}, 400, told(Problem.UNFIT, where=FIRST, value=1.5)),
+        (INFER, {"inputs": [sent_as("INT64", 1, name="user")]}, 400, told(Problem.NO_COLUMN, **NO_ITEMS)),
+        (INFER, {"inputs": [sent_as("UINT64", 2**63)]}, 400, told(Problem.BEYOND_64_BITS, where=FIRST, value=2**63)),
     ],
-)  # fmt: skip
+)
 async def test_mistakes_of_inference_are_told(
     client: httpx2.AsyncClient, path: str, body: Any, status: int, words: str
 ) -> None:

@@ -171,6 +171,7 @@ def test_a_wrong_value_is_named_as_it_was_sent(
 
 
 ITEMS, PRICE = "a list with a whole number or text for each candidate", "candidates.ad_price"
+IMAGE = "user.behavior_image"
 NO_PRICE = {"column": PRICE, "wanted": "a list with a number for each candidate"}
 
 
@@ -198,7 +199,7 @@ def test_columns_that_are_missing_or_in_the_wrong_place(
     [
         (1, (C, "ad_item", [5, None]), Problem.UNFIT, {"where": f"requests[1]: {C}.ad_item[1]", "value": "null"}),
         (1, (X, "ad_scene", None), Problem.UNFIT, {"where": f"requests[1]: {X}.ad_scene", "value": "null"}),
-        (2, (U, "behavior_image", [1, 1.5, 2]), Problem.UNFIT, {"where": f"requests[2]: {U}.behavior_image[1]"}),
+        (2, (U, "behavior_image", [1, 1.5, 2]), Problem.UNFIT, {"where": f"requests[2]: {IMAGE}[1]", "value": 1.5}),
         (2, (C, "ad_price", ...), Problem.NO_COLUMN, {"where": "requests[2]: ", "column": PRICE}),
     ],
 )

@@ -101,7 +101,7 @@ def test_runs_and_days_of_trainer_daily_are_listed_by_their_last_change(runs: Pa
     "name", ["..", ".", "", "a/b", "/etc", "nothing", "a\0b", "x" * 300, "../both", "x/..", "/..", "../.", "a//b"]
 )
 def test_what_is_no_run_is_not_here(runs: Path, name: str) -> None:
-    with pytest.raises(NotHereError):
+    with raises(NotHereError, Problem.NO_RUN, where=name[:60]):
         open_run(Places(runs=str(runs / "both")), name)
 
 
