@@ -175,7 +175,7 @@ def batches(table: pa.Table, count: int) -> bytes:
 FEW = {"max_requests": 3, "max_candidates": 10, "max_behaviors": 5, "max_pairs": 20, "max_values": 40}
 ITEMS = {"ad_item": [1] * 5}
 TENSOR = {"name": "ad_item", "datatype": "INT64"}
-VALUES = Problem.OVER_MAX_VALUES
+VALUES, PAIRS = Problem.OVER_MAX_VALUES, Problem.OVER_MAX_PAIRS
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ VALUES = Problem.OVER_MAX_VALUES
         ([{"candidates": {"ad_item": [1] * 6}}] * 2, told(Problem.OVER_MAX_CANDIDATES, value=12)),
         (stream_of(table_of([1] * 6, [1] * 6)), told(Problem.OVER_MAX_CANDIDATES, value=12)),
         ({"user": {"behavior_item": [1] * 6}, "candidates": {}}, told(Problem.OVER_MAX_BEHAVIORS, value=6)),
-        ({"user": {"behavior_item": [1] * 5}, "candidates": ITEMS}, told(Problem.OVER_MAX_PAIRS, value=25)),
+        ({"user": {"behavior_item": [1] * 5}, "candidates": ITEMS}, told(PAIRS, value=25)),
         ({"user": {"a": "b,[" * 40, "b": '\\\\"[{', "x": [1] * 35}, "candidates": {}}, told(VALUES, value=55)),
         ({"user": {"a" * 201: 1}, "candidates": {}}, told(Problem.OVER_MAX_NAME_LENGTH, value=201, most=200)),
         (b"[" * 33, told(Problem.OVER_MAX_DEPTH, value=33, most=32)),
@@ -195,10 +195,7 @@ VALUES = Problem.OVER_MAX_VALUES
         ({"inputs": [TENSOR | {"name": "a" * 201}]}, told(Problem.OVER_MAX_NAME_LENGTH, value=201)),
         (empty_lists(1, 10**9), told(VALUES, value=10**9, most=40)),
         (empty_lists(10**9, 1), told(Problem.OVER_MAX_REQUESTS, value=10**9, most=3)),
-        (
-            stream_of(table_of([1] * 5).set_column(0, "behavior_item", pa.array([[1] * 5]))),
-            told(Problem.OVER_MAX_PAIRS, value=25),
-        ),
+        (stream_of(table_of([1] * 5).set_column(0, "behavior_item", pa.array([[1] * 5]))), told(PAIRS, value=25)),
         (stream_of(pa.table({"ad_item": [[1] * 10], "label": [[0] * 31]})), told(VALUES, value=41)),
         (stream_of(pa.table({"a" * 201: [1]})), told(Problem.OVER_MAX_NAME_LENGTH, value=201)),
         (stream_of(pa.table({f"column {n}": [1] for n in range(6_000)})), told(Problem.OVER_MAX_SCHEMA_BYTES)),
@@ -422,12 +419,12 @@ async def test_what_a_transform_or_the_network_cannot_take_is_422_in_each_form(
     client: httpx2.AsyncClient, scoring: Scoring, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, content: bytes
 ) -> None:
     def overflows(*body: object) -> None:
-        raise NotFiniteError(Problem.OVERFLOWS, "candidates.ad_shape[0]", 3.4e38)
+        raise NotFiniteError(Problem.LOGIT_NOT_FINITE, "requests[5]: ", 7)
 
     monkeypatch.setattr(scoring.live.model, "_scores", overflows)
     answer = await client.post(path, content=content, headers={"content-type": kind})
-    told_of = Problem.OVERFLOWS.of("candidates.ad_shape[0]", 3.4e38)
-    assert (answer.status_code, answer.json()["error"]) == (422, told_of)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == Problem.LOGIT_NOT_FINITE.of("requests[5]: ", 7)
 
 
 async def test_openapi_describes_all_addresses_and_bodies(client: httpx2.AsyncClient, scoring: Scoring) -> None:

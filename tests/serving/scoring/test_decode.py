@@ -171,7 +171,7 @@ def test_a_wrong_value_is_named_as_it_was_sent(
 
 
 ITEMS, PRICE = "a list with a whole number or text for each candidate", "candidates.ad_price"
-IMAGE = "user.behavior_image"
+IMAGE, PRISE = "user.behavior_image", 'column "ad_prise"'
 NO_PRICE = {"column": PRICE, "wanted": "a list with a number for each candidate"}
 
 
@@ -269,10 +269,7 @@ def with_column(name: str, values: Any) -> TableChange:
 
 COLUMN_CHANGES: list[tuple[TableChange, str]] = [
     (lambda t: t.drop_columns(["ad_price"]), told(Problem.NO_COLUMN, **NO_PRICE | {"column": "column ad_price"})),
-    (
-        lambda t: t.append_column("ad_prise", t["ad_price"]),
-        told(Problem.UNKNOWN_COLUMN, where='column "ad_prise"'),
-    ),
+    (lambda t: t.append_column("ad_prise", t["ad_price"]), told(Problem.UNKNOWN_COLUMN, where=PRISE)),
     (lambda t: t.append_column("ad_item", t["ad_item"]), "ad_item"),
     (lambda t: t.append_column("behavior_item", t["behavior_item"]), "behavior_item"),
     (lambda t: with_column("user", t["user"].cast(pa.float64()))(t), "column user is double, expected integer"),
