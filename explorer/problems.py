@@ -1,10 +1,10 @@
-"""The problems that explorer tells of, each with its sentence."""
+"""The problems that the explorer tells of, each with its sentence."""
 
 from featurestore.errors import Sentences
 
 
 class Problem(Sentences):
-    """What can be wrong, by name in the order of the alphabet."""
+    """What can be wrong, in the order of the names."""
 
     BROKEN = "broken"
     BUG = "an error in the explorer ({kind}): its log says where"
