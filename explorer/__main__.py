@@ -8,6 +8,7 @@ import typer
 
 from explorer.errors import ExplorerError
 from explorer.places import ExplorerSettings, ExportSettings
+from explorer.problems import Problem
 from featurestore.console.commandline import CommandApp, CommandGroup, run_app, takes
 from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
@@ -43,10 +44,7 @@ app = CommandApp(
 def check_installed() -> None:
     """Raise ExplorerError if a package is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ExplorerError(
-            f"the explorer needs packages that are not installed here ({', '.join(missing)}): "
-            "pip install 'crossmedia[explorer]', or make install in the repository"
-        )
+        raise ExplorerError(Problem.NOT_INSTALLED, ", ".join(missing))
 
 
 @app.command(
@@ -73,8 +71,8 @@ def export(settings: ExportSettings) -> None:
     """Write the same pages into a folder, following all links from the first page. Leaves out forms and live parts."""
     check_installed()
     out, most_files = settings.out, settings.most_files
-    if not isinstance(run_path(out), Path):
-        raise typer.BadParameter(f"{out} is an address: give a folder of this machine", param_hint="OUT")
+    if not isinstance(place := run_path(out), Path):
+        raise typer.BadParameter(Problem.IS_ADDRESS.of(place), param_hint="OUT")
     from explorer.export import export as write
     from explorer.html.site import size
 

@@ -12,6 +12,7 @@ import httpx2
 from explorer.errors import ExplorerError
 from explorer.html.site import LEFT_OUT, Site, file_of
 from explorer.places import Places
+from explorer.problems import Problem
 from explorer.server import application
 
 _HOST = "http://localhost"
@@ -41,12 +42,12 @@ def export(
     something else or cannot be written.
     """
     if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ExplorerError(f"{out} is not an earlier export; name a new folder")
+        raise ExplorerError(Problem.NOT_EXPORT, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as failure:
-        raise ExplorerError(f"cannot write {out}: {failure.strerror}") from failure
+        raise ExplorerError(Problem.CANNOT_WRITE, out, failure.strerror) from failure
     try:
         site = Site(places, frozen=True, most_files=most_files, doing=doing)
         exported = asyncio.run(_export(site, folder, tell))
@@ -54,7 +55,7 @@ def export(
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
     except OSError as failure:
-        raise ExplorerError(f"cannot write {out}: {failure.strerror}") from failure
+        raise ExplorerError(Problem.CANNOT_WRITE, out, failure.strerror) from failure
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return exported

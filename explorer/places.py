@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from explorer.errors import ExplorerError
+from explorer.problems import Problem
 from featurestore.errors import UserError
 from featurestore.published.paths import RunPath, run_path
 from serving.settings import AccessSettings
@@ -35,15 +36,15 @@ class Places:
     def check(self) -> None:
         """Check that the places exist, before a server listens. Raises ExplorerError, FeatureStoreError."""
         if not any((self.store, self.runs, self.samples, self.images, self.model)):
-            raise ExplorerError("nothing to show: give --store, --runs, --samples, --images or --model")
+            raise ExplorerError(Problem.NOTHING_GIVEN)
         if self.store is not None:
             from featurestore.store import FeatureStore
 
             FeatureStore.open(self.store)
         if self.runs is not None and not run_path(self.runs).is_dir():
-            raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by crossmedia train")
+            raise ExplorerError(Problem.NO_FOLDER, "--runs", self.runs, "runs are made by crossmedia train")
         if self.samples is not None and not run_path(self.samples).is_dir():
-            raise ExplorerError(f"--samples {self.samples}: there is no such folder; name the folder of your samples")
+            raise ExplorerError(Problem.NO_FOLDER, "--samples", self.samples, "name the folder of your samples")
         if self.images is not None:
             self._check_images(self.images)
         if self.model is not None:
@@ -56,7 +57,7 @@ class Places:
         """Raise ExplorerError, StorageError."""
         if "://" not in images:
             if not Path(images).is_dir():
-                raise ExplorerError(f"--images {images}: there is no such folder; name the folder of your images")
+                raise ExplorerError(Problem.NO_FOLDER, "--images", images, "name the folder of your images")
             return
         from featurestore.storage.storage import Storage
 
@@ -66,10 +67,7 @@ class Places:
         """Raise ExplorerError if a run's model.base would import code that the user has not allowed."""
         if "." in base and not (self.nets and base.startswith(f"{self.nets}.")):
             package = base.partition(".")[0]
-            raise ExplorerError(
-                f"the run has a net of its own, model.base={base}, and pages import no code that a run names; if you "
-                f"trust the package, start the explorer with --nets {package}"
-            )
+            raise ExplorerError(Problem.OWN_NET, base, package)
 
     def store_for(self, of_run: str) -> str | None:
         """Choose the store of a run: None for its own, if it can be opened or no other is given, else the shown one."""
@@ -87,7 +85,7 @@ class Places:
         """Return the folder of a run by its name, or NAME/DAY of trainer.daily. Raises ExplorerError for a path."""
         parts = name.split("/")
         if self.runs is None or len(parts) > 2 or any(part in ("", ".", "..") for part in parts):
-            raise ExplorerError(f"no run {name[:60]!r}")
+            raise ExplorerError(Problem.NO_RUN, name[:60])
         folder = run_path(self.runs)
         for part in parts:
             folder = folder / part

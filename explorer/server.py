@@ -34,6 +34,7 @@ from explorer.pages.maps import MapPages
 from explorer.pages.runs import ModelPages, RunPages
 from explorer.pages.store import StorePages
 from explorer.places import ExplorerSettings
+from explorer.problems import Problem
 from featurestore.console.memory import bound_freed_memory
 from featurestore.errors import UserError
 from featurestore.text import one_line
@@ -146,7 +147,7 @@ def static(request: Request) -> Response:
     name = request.path_params["name"]
     file = static_file(name)
     if file is None:
-        raise HTTPException(404, f"no file {name[:60]!r}")
+        raise HTTPException(404, Problem.NO_FILE.of(name[:60]))
     return FileResponse(file, headers={"Cache-Control": "private, max-age=3600"})
 
 
@@ -176,11 +177,11 @@ def _failed(site: Site, request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RefusedError):
-        status, message = error.status, error.message
+        status, message = error.status, str(error)
     elif isinstance(error, UserError):
         status, message = 404 if isinstance(error, NotHereError) else 400, one_line(error)
     else:
-        status, message = 500, f"an error in the explorer ({type(error).__name__}): its log says where"
+        status, message = 500, Problem.BUG.of(type(error).__name__)
         logger.error("bug: %s\n%s", error, "".join(traceback.format_tb(error.__traceback__)).rstrip())
     response = site.page(
         request, "error.html", title="Not found" if status == 404 else "Error", message=message, status=status
@@ -214,9 +215,9 @@ class HostGuard:
         request = Request(scope)
         host = request.headers.get("host", "")
         if self._hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self._hosts:
-            await _refused(400, "this server is not known by that name")(scope, receive, send)
+            await _refused(400, Problem.OTHER_HOST)(scope, receive, send)
         elif request.method != "GET" and not _is_own(request.headers.get("origin"), host):
-            await _refused(403, "a form of another site")(scope, receive, send)
+            await _refused(403, Problem.FOREIGN_FORM)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -242,7 +243,7 @@ class LoginGuard:
             await RedirectResponse(LOGIN, 303, headers=HEADERS)(scope, receive, send)
         else:
             headers = {"WWW-Authenticate": "Bearer"}
-            await _refused(401, "no valid token", headers)(scope, receive, send)
+            await _refused(401, Problem.NO_TOKEN, headers)(scope, receive, send)
 
     def _allows(self, request: Request) -> bool:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
@@ -264,7 +265,7 @@ class LoginGuard:
         except MultiPartException:
             token = ""
         if not matches_token(token.encode(), self._tokens):
-            return self._form(request, 401, "This is not a token of the server.")
+            return self._form(request, 401, Problem.OTHER_TOKEN.of())
         answer = RedirectResponse("/", 303, headers=HEADERS)
         answer.set_cookie(
             COOKIE, self._cookie(token), max_age=_STAYS_S, httponly=True, samesite="strict", secure=self._secure
@@ -289,8 +290,8 @@ def _is_own(origin: str | None, host: str) -> bool:
     return origin is None or urlsplit(origin).netloc == host
 
 
-def _refused(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    return Response(message, status, headers=HEADERS | (headers or {}), media_type="text/plain")
+def _refused(status: int, problem: Problem, headers: dict[str, str] | None = None) -> Response:
+    return Response(problem.of(), status, headers=HEADERS | (headers or {}), media_type="text/plain")
 
 
 _LARGEST_KEPT = 1 << 20

@@ -17,6 +17,7 @@ from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from featurestore.text import count_text, ranges_text
 from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
+from serving.problems import Problem
 from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -164,11 +165,11 @@ def use(
     before = version_in_use(storage)
     stays = f"; version {before} stays in use" if before is not None else ""
     try:
-        manifest = read_version(storage, version)
+        damage = find_damage(storage, read_version(storage, version)) or _problem_of_opening(storage.url, version)
     except BrokenBundleError as error:
-        raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}: {error}") from error
-    if damage := find_damage(storage, manifest) or _problem_of_opening(storage.url, version):
-        raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
+        damage = [str(error)]
+    if damage:
+        raise BrokenBundleError(Problem.VERSION_DAMAGED, version, storage.url, stays, "\n".join(damage))
     use_version(storage, version)
     instead = f" instead of version {before}" if before not in (None, version) else ""
     print_summary(f"version {version} of {storage.url} is in use{instead}")
@@ -226,11 +227,10 @@ def expire(
     The version in use and the newest one always stay. Leftovers of killed exports are removed after a day. The grace
     time must be longer than a scorer takes to switch. To remove snapshots of vectors, use `crossmedia store
     expire`."""
-    from serving.bundle.log import expire as expire_versions
+    from serving.bundle.log import expire as expire_model
 
-    report = expire_versions(
-        Storage(url), keep_last=keep_last, keep_days=keep_days, grace_days=grace_days, dry_run=dry_run
-    )
+    storage = Storage(url)
+    report = expire_model(storage, keep_last=keep_last, keep_days=keep_days, grace_days=grace_days, dry_run=dry_run)
     keep, remove, delete = ("would keep", "would remove", "would delete") if dry_run else ("kept", "removed", "deleted")
     expired = f": {ranges_text(report.expired)}" if report.expired else ""
     left = f", leftovers of {count_text(report.num_leftovers, 'killed export')}" if report.num_leftovers else ""
@@ -282,7 +282,7 @@ def check(
 
     if url is None and (token_file or ca):
         option = "--token-file" if token_file else "--ca"
-        raise typer.BadParameter("it needs a running server: give --url", param_hint=option)
+        raise typer.BadParameter(Problem.NEEDS_SERVER.of(), param_hint=option)
     opened = ModelVersion.open(model, version)
     with contextlib.ExitStack() as stack:
         if url is None:
@@ -293,10 +293,7 @@ def check(
             score, answered = remote.score, url
         found = compare(opened, score, run=run_path(run) if run else None, samples=samples, impressions=impressions)
     if url is not None and remote.version != opened.manifest.version:
-        raise ServingError(
-            f"{url} answers with version {remote.version} of {model} instead of {opened.manifest.version}; give "
-            f"--version {remote.version}, or wait until the server has switched"
-        )
+        raise ServingError(Problem.OTHER_VERSION_ANSWERS, url, remote.version, model, opened.manifest.version)
     print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
     print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
     print_summary(f"impressions  {found.impressions:,}")
@@ -304,7 +301,7 @@ def check(
     print_summary("\n".join([logits, *(f"note         {note}" for note in found.notes)]))
     write_json_option(json_file, asdict(found))
     if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
-        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
+        print_problem(Problem.TOO_FAR.of(found.worst, allowed))
         raise typer.Exit(FAILED)
 
 

@@ -9,8 +9,6 @@ UserError
     └── RequestError           a request that cannot be scored: field, value and the way out
         ├── RequestTooLargeError   more candidates, values or bytes than the scorer accepts
         └── NotFiniteError         logits that are not finite numbers
-
-Every class takes its message alone, so that each survives pickling between processes.
 """
 
 from featurestore.errors import USAGE, UserError

@@ -13,20 +13,9 @@ import typer
 
 from featurestore.published.paths import run_path
 from serving.errors import RequestTooLargeError
+from serving.problems import Problem
 
 _DAY_S = 86_400
-_MORE = "let the server take more by --max-"
-_WORDS = {
-    "requests": ("requests", f"send several bodies, or {_MORE}requests"),
-    "candidates": ("candidates", f"send several bodies, or {_MORE}candidates"),
-    "behaviors": ("behaviours in one list", f"send the newest ones, or {_MORE}behaviors"),
-    "pairs": ("pairs of a candidate and a behaviour", f"send fewer candidates or behaviours, or {_MORE}pairs"),
-    "values": ("values", f"send several bodies, or {_MORE}values"),
-    "depth": ("lists and objects inside each other", "send lists as deep as the model's columns are"),
-    "name_length": ("characters in a name", "send the model's columns"),
-    "messages": ("messages", "write the stream with fewer record batches"),
-    "schema_bytes": ("bytes of schema", "send the model's columns, without metadata"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +42,7 @@ class Budget:
     def check(self, limit: str, value: int) -> None:
         """Raise RequestTooLargeError if the value exceeds the limit of this name."""
         if value > (most := getattr(self, f"max_{limit}")):
-            what, way_out = _WORDS[limit]
-            raise RequestTooLargeError(f"the body has {value:,} {what}; this server takes at most {most:,}: {way_out}")
+            raise RequestTooLargeError(Problem[f"OVER_MAX_{limit.upper()}"], value, most)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise RequestTooLargeError for a name that is too long."""

@@ -19,6 +19,7 @@ from explorer.data.cache import TableCache, about_of, described, digest_of
 from explorer.data.runs.folders import trained_runs
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
@@ -112,7 +113,7 @@ def begin(places: Places, background: Background) -> Task[AdFigures]:
     try:
         run = next((run.name for run in trained_runs(places)), None)
         if run is None:
-            raise ExplorerError("impressions and CTR are counted in the test samples of a run: name runs by --runs")
+            raise ExplorerError(Problem.NEEDS_RUNS)
         data = load_saved(places.run(run) / "config.yaml").data
         checkpoints = [each.name for each in finished(places.run(run))]
     except UserError as error:
@@ -145,7 +146,7 @@ def ad_figures(saved: "SavedRun", samples: str | None, task: Task[Any]) -> AdFig
     try:
         return AdFigures.of_table(_FILES.get(digest_of(_made_of(saved, samples)), counted))
     except UserError as error:
-        return nothing_known(f"CTR cannot be shown: {one_line(error)}")
+        return nothing_known(Problem.NO_CTR.of(one_line(error)))
 
 
 def _named(category_I: NDArray[Any], saved: "SavedRun", samples: Storage) -> NDArray[Any]:

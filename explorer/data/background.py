@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from explorer.data.cache import LruCache
 from explorer.errors import ExplorerError
+from explorer.problems import Problem
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class Task(Generic[T]):
         try:
             self._results.append(work(self))
         except CancelledError:
-            self.error = ExplorerError("the server is ending")
+            self.error = ExplorerError(Problem.ENDING)
         except Exception as error:
             self.error = error
         finally:

@@ -20,6 +20,7 @@ from explorer.data.cache import TableCache, about_of, described, digest_of
 from explorer.data.visual import vectors_in, visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 
@@ -64,11 +65,9 @@ def make_map(places: Places, run: str, task: Task[Any], network: str | None = No
     saved = read_run(places.run(run), None, places.samples)
     networks = [*network_widths(saved)]
     if not networks:
-        raise ExplorerError(
-            f"the run {run} has model.images=none: it has no E for images, so no map; choose another run"
-        )
+        raise ExplorerError(Problem.NO_IMAGES, run)
     if network is not None and network not in networks:
-        raise ExplorerError(f"the run {run} has no content {network[:80]!r}; it has {', '.join(networks)}")
+        raise ExplorerError(Problem.NO_CONTENT, run, network[:80], ", ".join(networks))
     found = visual_vectors(
         places.run(run),
         store=places.store,

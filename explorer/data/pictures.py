@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from explorer.data.cache import LruCache
+from explorer.problems import Problem
 from pipeline.errors import BadImageError
 from pipeline.images.decode import decode
 from pipeline.images.source import read_image
@@ -20,7 +21,6 @@ SIZES = (96, 160, 320, 800)
 """Pixels of the longer side; few sizes, so that few pictures are computed."""
 CACHE_BYTES = 64_000_000
 MAX_FILE_BYTES = 100_000_000
-_MISSING, _BROKEN, _REFUSED = "no picture", "broken", "refused"
 AT_ONCE = max(2, min(4, len(os.sched_getaffinity(0))))
 """Pictures decoded at the same time: one may need 200 MB for a moment, and more are not faster."""
 _FAR_HOLDS_S = 60
@@ -65,23 +65,23 @@ class Pictures:
         Raises BadImageError if there is no place, or if the picture is outside of it, also by a link.
         """
         if self.place is None or not uri or "\0" in uri:
-            raise BadImageError(_MISSING)
+            raise BadImageError(Problem.NO_PICTURE)
         place = self.place.removeprefix("file://")
         if "://" in place:
             below = uri.removeprefix(f"{place.rstrip('/')}/")  # a table of images may have absolute addresses
             if below.startswith(("/", "../")) or posixpath.normpath(below) != below or below == "..":
-                raise BadImageError(_REFUSED)
+                raise BadImageError(Problem.REFUSED)
             return f"{place.rstrip('/')}/{below}", int(time.monotonic() / _FAR_HOLDS_S)
         root, uri = Path(place).resolve(), uri.removeprefix("file://")
         try:
             file = (root / uri).resolve(strict=True)
             found = file.stat()
         except (OSError, RuntimeError, ValueError):
-            raise BadImageError(_MISSING) from None
+            raise BadImageError(Problem.NO_PICTURE) from None
         if not file.is_relative_to(root):
-            raise BadImageError(_REFUSED)
+            raise BadImageError(Problem.REFUSED)
         if not file.is_file() or found.st_size > MAX_FILE_BYTES:
-            raise BadImageError(_BROKEN)
+            raise BadImageError(Problem.BROKEN)
         return str(file), (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -89,8 +89,8 @@ def _made(location: str, size: int) -> Picture:
     try:
         data = read_image(location, MAX_FILE_BYTES + 1)
     except BadImageError:
-        return placeholder(_MISSING, size)
-    return shrunk(data, size) if len(data) <= MAX_FILE_BYTES else placeholder(_BROKEN, size)
+        return placeholder(Problem.NO_PICTURE, size)
+    return shrunk(data, size) if len(data) <= MAX_FILE_BYTES else placeholder(Problem.BROKEN, size)
 
 
 def shrunk(data: bytes, size: int) -> Picture:
@@ -98,7 +98,7 @@ def shrunk(data: bytes, size: int) -> Picture:
     try:
         image, _ = decode(data, scaled_side=size)
     except BadImageError:
-        return placeholder(_BROKEN, size)
+        return placeholder(Problem.BROKEN, size)
     image.thumbnail((size, size), reducing_gap=2.0)
     return Picture(_jpeg(image), "")
 

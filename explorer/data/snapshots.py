@@ -49,7 +49,7 @@ def open_snapshot(store: FeatureStore, version: VersionName | None) -> Snapshot:
     try:
         return store.snapshot(version)
     except (SnapshotNotFoundError, ChannelError) as error:
-        raise NotHereError(str(error)) from error
+        raise NotHereError(*error.args) from error
 
 
 def version_before(store: FeatureStore, version: int) -> int | None:

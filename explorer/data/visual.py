@@ -24,6 +24,7 @@ from explorer.data.runs.folders import trained_runs
 from explorer.data.snapshots import name_of
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.errors import UserError
 from featurestore.format.datafile import KEY
 from featurestore.keys import Int64Array
@@ -154,18 +155,17 @@ def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray
     return visual_NV
 
 
-def why_not(info: StoreInfo) -> str:
-    """Explain in a sentence why the store's network cannot be built here, or return "". Reads no weights."""
+def why_not(info: StoreInfo) -> ExplorerError | None:
+    """Return the error that says why the store's network cannot be built here, if so. Reads no weights."""
     if info.network is None:
-        return "The store does not say which network made its features: they were imported."
-    weights = info.network.weights
+        return ExplorerError(Problem.UNKNOWN_NETWORK)
+    backbone, weights = info.network.backbone, info.network.weights
     if weights.startswith("random:"):
-        return ""
+        return None
     if weights.startswith("imagenet"):
-        found = _downloaded_weights(info.network.backbone, weights)
-        missing = f"The weights {weights} of {info.network.backbone} are not in this machine's cache of torch"
-        return "" if found else f"{missing}; nothing is downloaded here."
-    return "" if Path(weights).is_file() else f"The weights {weights} are not on this machine."
+        is_here = _downloaded_weights(backbone, weights)
+        return None if is_here else ExplorerError(Problem.NOT_DOWNLOADED, weights, backbone)
+    return None if Path(weights).is_file() else ExplorerError(Problem.NO_WEIGHTS, weights)
 
 
 def feature_of_picture(store: FeatureStore, data: bytes) -> npt.NDArray[Any]:
@@ -175,8 +175,8 @@ def feature_of_picture(store: FeatureStore, data: bytes) -> npt.NDArray[Any]:
     """
     from pipeline.images.decode import prepare
 
-    if problem := why_not(store.info):
-        raise ExplorerError(problem)
+    if (reason := why_not(store.info)) is not None:
+        raise reason
     network = _network(store.info)
     pixels = prepare(data, network.preset)
     feature_1D = network.features(np.array(pixels.pixels_HWC)[None])
@@ -190,14 +190,11 @@ def _network(info: StoreInfo) -> "Backbone":
     try:
         network = backbone(info.network.backbone, info.network.weights, info.extractor.precision)
     except UserError as error:
-        raise ExplorerError(f"The store's network cannot be built on this machine: {error}") from error
+        raise ExplorerError(Problem.UNBUILDABLE_NETWORK, error) from error
     if network.spec != info.extractor:
         mine, theirs = network.spec.model_dump(), info.extractor.model_dump()
         differing = ", ".join(name for name in mine if mine[name] != theirs[name])
-        raise ExplorerError(
-            f"The network {info.network.backbone} with weights {info.network.weights} differs on this machine "
-            f"from when the store was made: {differing} differ"
-        )
+        raise ExplorerError(Problem.OTHER_NETWORK, info.network.backbone, info.network.weights, differing)
     return network
 
 

@@ -9,6 +9,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from explorer.errors import ExplorerError, NotHereError
+from explorer.problems import Problem
 from featurestore.published.versions import VersionName, version_name
 
 LARGEST = (1 << 63) - 1
@@ -41,11 +42,11 @@ def whole_in(text: str, name: str, *, least: int = 0) -> int:
     """Read a whole number from a text. Raises ExplorerError, or NotHereError if it is too large."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()) or (text != digits and least == 0):
-        raise ExplorerError(f"{name} {text[:40]!r} is not a whole number of at least {least:,}")
+        raise ExplorerError(Problem.NOT_WHOLE, name, text[:40], least)
     if len(digits) > 19 or not -LARGEST - 1 <= int(text) <= LARGEST:
-        raise NotHereError(f"there is no {name} {text[:40]}")
+        raise NotHereError(Problem.NONE_OF_NUMBER, name, text[:40])
     if int(text) < least:
-        raise ExplorerError(f"{name} {text} is not a whole number of at least {least:,}")
+        raise ExplorerError(Problem.NOT_WHOLE, name, text, least)
     return int(text)
 
 
@@ -60,14 +61,14 @@ def snapshot(request: Request) -> VersionName | None:
     try:
         return version_name(text)
     except ValueError:
-        raise ExplorerError(f"version {text[:40]!r} is neither a whole number nor a channel") from None
+        raise ExplorerError(Problem.NOT_VERSION, text[:40]) from None
 
 
 def choice(request: Request, name: str, choices: Sequence[str]) -> str:
     """Read one of several words, by default the first. Raises ExplorerError for any other."""
     text = request.query_params.get(name) or choices[0]
     if text not in choices:
-        raise ExplorerError(f"{name} {text[:40]!r} is not one of {', '.join(choices)}")
+        raise ExplorerError(Problem.UNKNOWN_CHOICE, name, text[:40], ", ".join(choices))
     return text
 
 
@@ -79,7 +80,7 @@ def day(request: Request, name: str) -> datetime.datetime | None:
     try:
         found = datetime.datetime.fromisoformat(text)
     except ValueError:
-        raise ExplorerError(f"{name} {text[:40]!r} is not a day; write it as 2026-11-27, or 2026-11-27T18:30") from None
+        raise ExplorerError(Problem.NOT_DAY, name, text[:40]) from None
     return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
@@ -95,16 +96,16 @@ async def read_upload(request: Request, name: str, most_bytes: int) -> tuple[byt
     Raises ExplorerError without a file, or if it has more than `most_bytes`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ExplorerError("a picture is sent by the form, as multipart/form-data")
+        raise ExplorerError(Problem.NOT_FORM)
     parser = _InMemory(request.headers, _at_most(request, most_bytes), max_files=1, max_fields=8, max_part_size=1_000)
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise ExplorerError(f"the form cannot be read: {error.message}") from error
+        raise ExplorerError(Problem.UNREADABLE_FORM, error.message) from error
     file = form.get(name)
     data = await file.read() if isinstance(file, UploadFile) else b""
     if not data:
-        raise ExplorerError("no picture was sent: choose a file first")
+        raise ExplorerError(Problem.NOTHING_SENT)
     return data, {field: value for field, value in form.items() if isinstance(value, str)}
 
 
@@ -123,4 +124,4 @@ async def _at_most(request: Request, most_bytes: int) -> AsyncGenerator[bytes, N
         elif num_bytes > DRAINED * most_bytes:
             break
     if num_bytes > most_bytes + _OTHER_BYTES:
-        raise ExplorerError(f"the picture has more than {most_bytes // 1_000_000} MB; send a smaller one")
+        raise ExplorerError(Problem.LARGE_PICTURE, most_bytes // 1_000_000)

@@ -33,6 +33,7 @@ from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, choice, read_upload, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.problems import Problem
 from featurestore.store import FeatureStore, Snapshot
 
 PER_PAGE = 48
@@ -130,21 +131,17 @@ class ImagePages(PageKind):
     def image(self, request: Request) -> Response:
         """Show one image, or a broken one: the picture and its neighbours."""
         if request.path_params["key"] == "like":  # someone opened the address of the form
-            raise HTTPException(
-                405, "a picture has to be sent: choose one on the page Images, and press Find images like it"
-            )
+            raise HTTPException(405, Problem.NOT_SENT.of())
         try:
             key = whole_in(request.path_params["key"], "key", least=_KEY_FROM)
         except NotHereError as error:
-            raise NotHereError(f"no image has the key {request.path_params['key'][:40]}") from error
+            raise NotHereError(Problem.NO_IMAGE, request.path_params["key"][:40]) from error
         store, snapshot = self._open(request)
         here = find_key(snapshot, key)
         broken = next((row for row in store.quarantine_rows() if row.key == key), None) if here is None else None
         image = here or broken
         if image is None:
-            raise NotHereError(
-                f"no image has the key {key}, neither in snapshot {snapshot.version} nor among the broken ones"
-            )
+            raise NotHereError(Problem.NO_IMAGE_IN_SNAPSHOT, key, snapshot.version)
         uri = image.uri
         figures = self._figures()
         self.await_task(request, "figures", figures)
@@ -179,8 +176,7 @@ class ImagePages(PageKind):
         try:
             await asyncio.wait_for(self._network.acquire(), _BUSY_S)
         except TimeoutError:
-            message = "The network is busy with other pictures: try again in a minute"
-            return self.site.page(request, "error.html", title="Busy", status=503, message=message)
+            return self.site.page(request, "error.html", title="Busy", status=503, message=Problem.BUSY.of())
         try:
             return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
         finally:
@@ -189,7 +185,7 @@ class ImagePages(PageKind):
     def _like(self, request: Request, data: bytes, asked_run: str | None) -> Response:
         store, snapshot = self._open(request)
         if not snapshot.version:
-            raise ExplorerError("the store is empty: there is nothing to compare the picture with")
+            raise ExplorerError(Problem.EMPTY_STORE)
         feature_1D = feature_of_picture(store, data)
         runs = image_runs(self.site.places)
         run = self._run(asked_run, runs)
@@ -235,7 +231,7 @@ class ImagePages(PageKind):
         else:
             found_V = vectors.of(asked.key)
             if found_V is None:
-                raise ExplorerError("the image has no visual vector in this snapshot")
+                raise ExplorerError(Problem.NO_VECTOR)
             query_V = found_V
         found = nearest_vectors(snapshot, vectors.blocks(), query_V, NUM_NEIGHBOURS, asked.key)
         how = (
@@ -246,7 +242,7 @@ class ImagePages(PageKind):
 
     def _run(self, asked: str | None, runs: list[str]) -> str | None:
         if asked and asked not in runs:
-            raise NotHereError(f"no run {asked[:60]!r} whose model looks at images")
+            raise NotHereError(Problem.NO_RUN_OF_IMAGES, asked[:60])
         return asked or (runs[0] if runs else None)
 
     def _wants_spaces(self, request: Request, snapshot: Snapshot) -> bool:

@@ -33,6 +33,7 @@ from explorer.data.visual import MOST_BYTES, why_not
 from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, read_upload, whole, whole_in
 from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.problems import Problem
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
@@ -128,7 +129,7 @@ class ImpressionPages(PageKind):
         run, number = request.path_params["run"], whole_in(request.path_params["number"], "group")
         at: At = _snapshot(request)
         if self.site.places.store is None:
-            raise ExplorerError("a picture needs the network of a store: name one by --store")
+            raise ExplorerError(Problem.NEEDS_STORE)
         with self.runs.use(run, at) as opened:
             explanation = explain(opened, number, ad, most_behaviors=0)
             store = FeatureStore.open(self.site.places.store)
@@ -154,10 +155,10 @@ class ImpressionPages(PageKind):
         params = request.query_params
         order, clicked = params.get("order", "effect"), params.get("clicked", "any")
         if order not in ORDERS or clicked not in CLICKED:
-            raise ExplorerError("the list has no such order")
+            raise ExplorerError(Problem.NO_ORDER)
         run = params.get("run") or runs[0].name
         if run not in {each.name for each in runs}:
-            raise NotHereError(f"there is no run {run[:60]!r} with a checkpoint")
+            raise NotHereError(Problem.NO_TRAINED_RUN, run[:60])
         return ListQuestion(run, order, clicked, params.get("q", "").strip()[:_MOST_TYPED])
 
     def _listed(self, request: Request, asked: ListQuestion) -> dict[str, Any]:
@@ -247,7 +248,7 @@ class ImpressionPages(PageKind):
         except ValueError:
             return PictureName(key_of_uri(typed), typed)
         if not -(2**63) <= key < 2**63:
-            raise ExplorerError(f"{typed[:40]} is not a key of an image: keys are 64-bit integers")
+            raise ExplorerError(Problem.NOT_KEY, typed[:40])
         return PictureName(key, self._names(opened, [PictureName(key, None)]).get(key))
 
     def _ids_run(self, opened: OpenedRun) -> str | None:
@@ -266,8 +267,8 @@ class ImpressionPages(PageKind):
             store = FeatureStore.open(self.site.places.store)
             check_sent(opened, group.columns.looks_of_ads, store)
         except UserError as error:
-            return f"No picture can be uploaded: {one_line(error)}."
-        return why_not(store.info)
+            return Problem.NO_UPLOAD.of(one_line(error))
+        return str(why_not(store.info) or "")
 
     def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:
         field = next(opened.schema.of_kind("content"), None)

@@ -18,6 +18,7 @@ from explorer.errors import NotHereError, tried
 from explorer.html import charts
 from explorer.html.query import choice
 from explorer.html.site import NavItem, PageKind, Question
+from explorer.problems import Problem
 from featurestore.store import FeatureStore
 
 _MOST_TYPED = 200
@@ -82,7 +83,7 @@ class MapPages(PageKind):
         digest = request.path_params["digest"]
         file = FILES.path(digest) if re.fullmatch("[0-9a-f]{24}", digest) else None
         if file is None or not file.is_file():
-            raise NotHereError("the points of this map are not cached any more; open its page again")
+            raise NotHereError(Problem.NOT_CACHED)
         return FileResponse(file, media_type="application/vnd.apache.parquet")
 
     def _links(self, *, has_pages: bool) -> charts.PointLinks:

@@ -26,6 +26,7 @@ from explorer.errors import ExplorerError, tried
 from explorer.html import charts
 from explorer.html.query import Paging
 from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.problems import Problem
 from featurestore.errors import FeatureStoreError, StorageError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
@@ -132,7 +133,7 @@ class RunPages(PageKind):
             return self._one(request, "compare")
         names = list(dict.fromkeys(request.query_params.getlist("run")))
         if not 2 <= len(names) <= _MOST_COMPARED:
-            raise ExplorerError(f"choose 2 to {_MOST_COMPARED} runs; {len(names)} were chosen")
+            raise ExplorerError(Problem.OTHER_COUNT, _MOST_COMPARED, len(names))
         runs = [read_facts(open_run(self.site.places, name), name) for name in names]
         return self._several(request, runs, "Runs side by side", is_worth=False)
 
@@ -195,7 +196,7 @@ class RunPages(PageKind):
             try:
                 by_run[run.name] = self._curves.read(self.site.places.run(run.name))
             except (OSError, StorageError, ValueError) as error:
-                problems.append(f"The curves of {run.name} cannot be read: {one_line(error)}")
+                problems.append(Problem.UNREADABLE_CURVES.of(run.name, one_line(error)))
         return Live(runs=runs, curves=by_run, problems=problems)
 
 
@@ -244,7 +245,7 @@ def in_order(runs: Sequence[RunFacts], by: str) -> list[RunFacts]:
     """
     fixed = (_NAME, *METRICS, _STATE, *_REPORTED)
     if by not in fixed and not any(by in run.settings for run in runs):
-        raise ExplorerError(f"sort {by[:40]!r} is not one of {', '.join((_CHANGED, *fixed))}, and no setting of a run")
+        raise ExplorerError(Problem.UNKNOWN_SORT, by[:40], ", ".join((_CHANGED, *fixed)))
 
     def value(run: RunFacts) -> Any:
         if by in (_NAME, _STATE):

@@ -24,6 +24,7 @@ from explorer.errors import ExplorerError
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.problems import Problem
 from featurestore import log
 from featurestore.errors import UserError
 from featurestore.staging import QUARANTINE
@@ -142,10 +143,7 @@ class StorePages(PageKind):
         since = day(request, "since") or datetime.datetime.fromisoformat(f"{_yesterday()}T00:00:00+00:00")
         until = day(request, "until")
         if until is not None and until <= since:
-            raise ExplorerError(
-                f"until {_day_text(until)} is not later than since {_day_text(since)}; a day means its beginning, "
-                "00:00 UTC"
-            )
+            raise ExplorerError(Problem.NOT_LATER, _day_text(until), _day_text(since))
         start = newest_at(store, since.timestamp())
         new = newest
         if until is not None:

@@ -53,6 +53,7 @@ from serving.bundle.manifest import (
 from serving.bundle.rows import Bool
 from serving.errors import BrokenBundleError
 from serving.network.exporting import export_network
+from serving.problems import Problem
 from trainer.comm import SoloComm
 from trainer.config import Config
 from trainer.engine.wiring import table_shapes
@@ -98,11 +99,7 @@ class Exported:
 
 
 def export_model(
-    url: str,
-    options: ExportOptions,
-    *,
-    network: WriteNetwork,
-    progress: Progress | None = None,
+    url: str, options: ExportOptions, *, network: WriteNetwork, progress: Progress | None = None
 ) -> Exported:
     """Publish a run's checkpoint as the next version of the bundle at `url`.
 
@@ -146,7 +143,7 @@ def export_model(
         files=tuple(files.files),
     )
     if damage := find_damage(storage, draft):
-        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {damage[0]}")
+        raise BrokenBundleError(Problem.REMOVED_MEANWHILE, storage.full(draft.folder), damage[0])
     num_images = {of.store: open_vectors(storage, draft, of).snapshot.num_rows for of in vectors}
     published = log.publish(storage, draft)
     if options.use:
@@ -218,12 +215,7 @@ def write_rows(
 
 
 def _write_table(
-    saved: SavedRun,
-    shape: TableShape,
-    first_row: int,
-    files: WrittenFiles,
-    output: IO[bytes],
-    trained: list[Bool],
+    saved: SavedRun, shape: TableShape, first_row: int, files: WrittenFiles, output: IO[bytes], trained: list[Bool]
 ) -> TableRows:
     """Append the rows of one table, and append to `trained` which of them training has touched."""
     is_exact, state = isinstance(shape, ExactShape), state_of(saved.config.optim)

@@ -17,6 +17,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, Snapshot
 from serving.bundle.manifest import BundleFile, BundleManifest, VectorsOf
 from serving.errors import BrokenBundleError
+from serving.problems import Problem
 
 _CHUNK_BYTES = 8 << 20
 _UNUSED_S = 30 * 24 * 3600.0
@@ -56,13 +57,13 @@ def check_file(storage: Storage, path: str, file: BundleFile | FileEntry, verify
     try:
         size_bytes = storage.size(path)
         if size_bytes != file.bytes:
-            raise BrokenBundleError(f"{storage.full(path)} has {size_bytes:,} bytes instead of {file.bytes:,}")
+            raise BrokenBundleError(Problem.OTHER_SIZE, storage.full(path), size_bytes, file.bytes)
         if verify:
             check_digest(storage, path, file.bytes, "sha256", file.sha256)
     except FileNotFoundError as error:
-        raise BrokenBundleError(f"{storage.full(path)} is missing") from error
+        raise BrokenBundleError(Problem.MISSING, storage.full(path)) from error
     except CorruptFileError as error:
-        raise BrokenBundleError(str(error)) from error
+        raise BrokenBundleError(*error.args) from error
 
 
 class LocalFiles:
@@ -90,10 +91,7 @@ class LocalFiles:
         """Return the file's local path; copies it first if needed. Raises BrokenBundleError, StorageError."""
         file = self._manifest.file(name)
         if file is None:
-            raise BrokenBundleError(
-                f"version {self._manifest.version} of {self._storage.url} has no file {name}: it was made without it, "
-                "or by another version of this program; export the model again"
-            )
+            raise BrokenBundleError(Problem.NO_FILE, self._manifest.version, self._storage.url, name)
         place = self._folder / name
         if self._storage.is_local:
             check_file(self._storage, f"{self._manifest.folder}/{name}", file, verify=True)
@@ -112,11 +110,9 @@ class LocalFiles:
                 copied = HashedOutput(writer)
                 shutil.copyfileobj(reader, copied, _CHUNK_BYTES)
                 if copied.sha256.hexdigest() != file.sha256:
-                    raise BrokenBundleError(
-                        f"{self._storage.full(source)} is damaged: its sha256 is not the one in the manifest"
-                    )
+                    raise BrokenBundleError(Problem.OTHER_DIGEST, self._storage.full(source))
         except FileNotFoundError as error:
-            raise BrokenBundleError(f"{self._storage.full(source)} is missing") from error
+            raise BrokenBundleError(Problem.MISSING, self._storage.full(source)) from error
 
 
 class Vectors(NamedTuple):
@@ -139,11 +135,11 @@ def open_vectors(storage: Storage, manifest: BundleManifest, of: VectorsOf, vers
     except (StorageError, SnapshotNotFoundError):
         raise
     except FeatureStoreError as error:
-        raise BrokenBundleError(str(error)) from error
+        raise BrokenBundleError(*error.args) from error
     if store.info.store_id != of.store_id:
-        raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
+        raise BrokenBundleError(Problem.OTHER_VECTORS, url)
     if snapshot.manifest.mirrors is None:
-        raise BrokenBundleError(f"{url} has no snapshot: the files of its log are missing")
+        raise BrokenBundleError(Problem.NO_SNAPSHOT, url)
     return Vectors(snapshot, snapshot.manifest.mirrors)
 
 

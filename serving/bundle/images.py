@@ -34,6 +34,7 @@ from serving.bundle.manifest import IMAGES, VECTORS, Missing, VectorsOf
 from serving.bundle.open import ModelVersion
 from serving.bundle.rows import Float32
 from serving.errors import BrokenBundleError, ServingError
+from serving.problems import Problem
 from trainer.config import ModelConfig
 from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.models.layers import used_fields
@@ -57,7 +58,7 @@ def network_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], Em
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BrokenBundleError(f"{path} is damaged: {error}") from error
+        raise BrokenBundleError(Problem.DAMAGED, path, error) from error
     return lambda snapshot: _network(state, of.store, snapshot, version.fields, version.model)
 
 
@@ -218,9 +219,8 @@ def publish(
         for shard in range(now.info.num_shards):
             delta.add(shard)
         try:
-            made = vectors.commit(
-                delta.entries, "publish", only_after=now.version, mirrors=SnapshotId.of(newest).as_source()
-            )
+            mirrors = SnapshotId.of(newest).as_source()
+            made = vectors.commit(delta.entries, "publish", only_after=now.version, mirrors=mirrors)
         except CommitConflictError:
             continue
         return replace(
@@ -231,9 +231,7 @@ def publish(
             most_files=max(map(len, made.manifest.shards.values()), default=0),
             **dict[str, Any](delta.counts),
         )
-    raise ServingError(
-        f"other writers committed to {vectors.url} at the same time, {_MAX_ATTEMPTS} times in a row: run it again"
-    )
+    raise ServingError(Problem.OVERTAKEN, vectors.url, _MAX_ATTEMPTS)
 
 
 @dataclass
@@ -312,10 +310,7 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
         "name the address of that store by --store, or export the model again",
     )
     if newest.info.digest != of.features:
-        raise SpecMismatchError(
-            f"{newest.storage.url} has features of another kind than the model's E was trained on; "
-            "name a store with features of that kind by --store"
-        )
+        raise SpecMismatchError(Problem.OTHER_FEATURES, newest.storage.url)
 
 
 def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:

@@ -23,12 +23,13 @@ from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST, MODELS
 from serving.bundle.files import open_vectors
 from serving.bundle.manifest import BUNDLES, LEAVING, LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError
+from serving.problems import Problem
 
 
 def refuse_store(storage: Storage) -> None:
     """Raise BundleNotFoundError for the address of a feature store, which has a log of the same form."""
     if INFO_PATH in storage.list():
-        raise BundleNotFoundError(f"{storage.url} is a feature store, not a model: name a model's folder")
+        raise BundleNotFoundError(Problem.IS_STORE, storage.url)
 
 
 def refuse_others(storage: Storage) -> None:
@@ -36,9 +37,7 @@ def refuse_others(storage: Storage) -> None:
     refuse_store(storage)
     names = storage.list()
     if names and not {BUNDLES, LOG}.intersection(names):
-        raise BundleNotFoundError(
-            f"{storage.url} has files that do not belong to a model ({names[0]}): name a new or empty folder"
-        )
+        raise BundleNotFoundError(Problem.OTHER_FILES, storage.url, names[0])
 
 
 def use(storage: Storage, version: int) -> Choice:
@@ -48,9 +47,7 @@ def use(storage: Storage, version: int) -> Choice:
     if _is_leaving(storage, version) or version not in known_versions(storage):  # it may not have seen the choice
         if others := [each.version for each in choices(storage) if each.choice != choice.choice]:
             _choose(storage, others[-1])
-        raise BundleNotFoundError(
-            f"version {version} of {storage.url} is being removed by an expiry, or was at this moment; choose another"
-        )
+        raise BundleNotFoundError(Problem.BEING_REMOVED, version, storage.url)
     return choice
 
 
@@ -80,26 +77,16 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
     known = known_versions(storage)
     if not known:
         if storage.list("checkpoints"):
-            raise BundleNotFoundError(
-                f"{storage.url} is a run, not a published model; publish it with: crossmedia publish --run "
-                f"{storage.url} --out {MODELS}"
-            )
-        raise BundleNotFoundError(
-            f"{storage.url} has no published model; make one with: crossmedia publish --run RUN --out {storage.url}"
-        )
+            raise BundleNotFoundError(Problem.IS_RUN, storage.url, MODELS)
+        raise BundleNotFoundError(Problem.NO_MODEL, storage.url)
     if version is None and (version := version_in_use(storage)) is None:
         refuse_store(storage)
-        raise BundleNotFoundError(
-            f"no version of {storage.url} is in use; it has {_shown(known)}: choose one with crossmedia model use "
-            f"{storage.url} VERSION"
-        )
+        raise BundleNotFoundError(Problem.NO_CHOICE, storage.url, _shown(known))
     if version not in known:
-        raise BundleNotFoundError(f"{storage.url} has no version {version}; it has {_shown(known)}")
+        raise BundleNotFoundError(Problem.NO_VERSION, storage.url, version, _shown(known))
     manifest = _read(storage, LOG, version, BundleManifest)
     if manifest.version != version:
-        raise BrokenBundleError(
-            f"{storage.full(manifest_path(version, LOG))} is the manifest of version {manifest.version}"
-        )
+        raise BrokenBundleError(Problem.OTHER_MANIFEST, storage.full(manifest_path(version, LOG)), manifest.version)
     return manifest
 
 
@@ -129,9 +116,7 @@ class BundleIdentity:
 def _choose(storage: Storage, version: int) -> Choice:
     writer, nonce, now_s = writer_name(), uuid.uuid4().hex, time.time()
     return append_numbered(
-        storage,
-        USE,
-        lambda number: Choice(choice=number, version=version, time_s=now_s, writer=writer, nonce=nonce),
+        storage, USE, lambda n: Choice(choice=n, version=version, time_s=now_s, writer=writer, nonce=nonce)
     )
 
 
@@ -140,10 +125,10 @@ def _read(storage: Storage, folder: str, number: int, model_class: type[SealedT]
     try:
         return read_sealed(storage, path, model_class)
     except FileNotFoundError as error:
-        raise BrokenBundleError(f"{storage.full(path)} is missing") from error
+        raise BrokenBundleError(Problem.MISSING, storage.full(path)) from error
     except CorruptFileError as error:
         refuse_store(storage)
-        raise BrokenBundleError(str(error)) from error
+        raise BrokenBundleError(*error.args) from error
 
 
 def _shown(known: list[int]) -> str:

@@ -16,6 +16,7 @@ from serving.bundle.manifest import MODEL, SCHEMA, TRAINED, BundleManifest, Vect
 from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import BrokenBundleError
 from serving.network.served import PORTABLE, ServedNetwork, compiled_name
+from serving.problems import Problem
 from trainer.config import ModelConfig
 from trainer.errors import TrainerError
 from trainer.models.layers import used_fields
@@ -58,9 +59,9 @@ class ModelVersion:
         try:
             return read(path)
         except ValidationError as error:
-            raise BrokenBundleError(f"{path}: {first_mistake(error)}; this code reads other settings") from error
+            raise BrokenBundleError(Problem.OTHER_SETTINGS, path, first_mistake(error)) from error
         except (TrainerError, ValueError) as error:
-            raise BrokenBundleError(f"{path}: {error}") from error
+            raise BrokenBundleError(Problem.WRONG, path, error) from error
 
 
 class Bundle(ModelVersion):

@@ -18,6 +18,7 @@ from featurestore.lookup.partition import FeaturePartition
 from featurestore.store import FeatureStore, Snapshot
 from serving.bundle.manifest import RowsFile, TableRows, VectorsOf
 from serving.errors import BrokenBundleError
+from serving.problems import Problem
 from trainer.ids.shards import TableShape, hashed_place
 
 Float32 = NDArray[np.float32]
@@ -126,16 +127,14 @@ class VectorTable:
     def __init__(self, of: VectorsOf, snapshot: Snapshot, cache_dir: Path | None) -> None:
         """Map the rows of the snapshot of a vectors store. Raises BrokenBundleError if it is damaged; StorageError."""
         if snapshot.info.dim != len(of.no_image):
-            raise BrokenBundleError(
-                f"{snapshot.storage.url} has rows of {snapshot.info.dim} numbers, and E makes {len(of.no_image)}"
-            )
+            raise BrokenBundleError(Problem.OTHER_WIDTH, snapshot.storage.url, snapshot.info.dim, len(of.no_image))
         store = FeatureStore(snapshot.storage, snapshot.info)
         try:
             self._partition = FeaturePartition.load(
                 store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
             )
         except CorruptFileError as error:
-            raise BrokenBundleError(str(error)) from error
+            raise BrokenBundleError(*error.args) from error
         self.time_s = snapshot.manifest.time_s
         """When the snapshot was committed, in seconds since 1970."""
         self.no_image_V: Float32 = np.asarray(of.no_image, np.float32)

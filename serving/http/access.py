@@ -31,6 +31,7 @@ from featurestore.console.files import problem_of_dates, read_tokens
 from featurestore.errors import TokenFileError
 from serving.errors import ListenError, ServerSettingsError
 from serving.http.limits import limit_writes, protocol_with
+from serving.problems import Problem
 from serving.settings import AccessSettings
 
 logger = logging.getLogger("serving")
@@ -63,8 +64,7 @@ class TokenGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
             self._on_refusal()
-            message = "no valid token: send the header Authorization: Bearer TOKEN, with a token of the server's file"
-            response = error_response(401, message, {"WWW-Authenticate": "Bearer", "Connection": "close"})
+            response = error_response(401, Problem.NO_TOKEN.of(), {"WWW-Authenticate": "Bearer", "Connection": "close"})
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -139,7 +139,7 @@ def check_files(settings: AccessSettings) -> None:
     if settings.tls_cert is not None:
         _warn_of_dates(settings.tls_cert)
     elif settings.tls_key is not None:
-        raise ServerSettingsError("--tls-key needs --tls-cert: give both, or neither")
+        raise ServerSettingsError(Problem.KEY_WITHOUT_CERTIFICATE)
     if settings.host not in LOOPBACKS and settings.token_file is None:
         logger.warning("no --token-file on %s: everyone who can reach this server can use it", settings.host)
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
@@ -155,9 +155,7 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
     except OSError as failure:  # of TLS too
         reason = getattr(failure, "reason", None) or failure.strerror or failure
         files = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
-        raise ServerSettingsError(
-            f"{files} cannot be used ({reason}); give PEM files of a certificate and its key, without a password"
-        ) from None
+        raise ServerSettingsError(Problem.UNUSABLE_PEM, files, reason) from None
     return context
 
 
@@ -183,10 +181,8 @@ def listen(settings: AccessSettings, option: str = "port") -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as failure:
-        raise ListenError(
-            f"cannot listen on --host {settings.host} --{option.replace('_', '-')} {port}: {failure.strerror}; choose "
-            "another, or stop the program that listens there"
-        ) from None
+        place = f"--host {settings.host} --{option.replace('_', '-')} {port}"
+        raise ListenError(Problem.CANNOT_LISTEN, place, failure.strerror) from None
     return listener
 
 
@@ -197,10 +193,9 @@ def stop_connecting(listener: socket.socket) -> None:
     whose SYN is dropped sends it again after a second. Does nothing on a system without such filters.
     """
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in _DROP_SYN))
+    packed = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(program))
     with contextlib.suppress(OSError):
-        listener.setsockopt(
-            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_DROP_SYN), ctypes.addressof(program))
-        )
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, packed)
 
 
 def url_of(settings: AccessSettings, listener: socket.socket) -> str:

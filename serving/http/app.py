@@ -31,6 +31,7 @@ from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
 from serving.http.openapi import EXAMPLE, command_of, description, example_of
 from serving.http.queue import ScoringQueue
+from serving.problems import Problem
 from serving.scoring.sent import ARROW
 from serving.settings import ServerSettings
 
@@ -118,7 +119,7 @@ class Scoring:
         """Score the requests of a JSON or Arrow body."""
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if kind not in (JSON, ARROW):
-            raise RefusedError(415, f"Content-Type is {kind[:60]!r}: send {JSON}, or {ARROW}")
+            raise RefusedError(415, Problem.OTHER_CONTENT_TYPE, kind[:60], JSON, ARROW)
         content = await self._read(request)
         logits = _asks_for_logits(request) if request.scope["query_string"] else False
         return await self._scored(request, ArrowBody(content) if kind == ARROW else JsonBody(content, logits), content)
@@ -162,9 +163,8 @@ class Scoring:
     async def model_is_ready(self, request: Request) -> Response:
         """Return whether the model is warmed up."""
         self._check_name(request)
-        return json_response(
-            {"name": self.settings.model_name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503
-        )
+        ready = self.live.is_ready
+        return json_response({"name": self.settings.model_name, "ready": ready}, 200 if ready else 503)
 
     def can_answer(self) -> bool:
         """Return whether a model is warmed up and the server is not stopping."""
@@ -173,7 +173,7 @@ class Scoring:
     async def _read(self, request: Request) -> bytes:
         start_s = time.perf_counter()
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-            raise RefusedError(415, f"Content-Encoding is {encoding[:40]!r}: send the body uncompressed", CLOSE)
+            raise RefusedError(415, Problem.ENCODED, encoding[:40], **CLOSE)
         content = await request.body()
         request.state.read_s = time.perf_counter() - start_s
         return content
@@ -192,9 +192,9 @@ class Scoring:
         """Raise RefusedError (404) if the address names another model or version."""
         name, asked = request.path_params["name"], request.path_params.get("version")
         if name != self.settings.model_name:
-            raise RefusedError(404, f"no model {name[:60]!r} here: this server has {self.settings.model_name}")
+            raise RefusedError(404, Problem.OTHER_MODEL, name[:60], self.settings.model_name)
         if asked is not None and asked != (served := str(self.live.model.identity.version)):
-            raise RefusedError(404, f"version {asked[:20]!r} is not served, but {served}; leave the version out")
+            raise RefusedError(404, Problem.NOT_SERVED, asked[:20], served)
 
     def _measured(self, route: str, endpoint: Endpoint) -> Endpoint:
         """Wrap an endpoint: turn errors into answers, and count and time the answer."""
@@ -215,9 +215,11 @@ class Scoring:
     async def _no_route(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         self._count_other(error.status_code)
-        way_out = {404: "GET / lists the addresses", 405: f"it takes {(error.headers or {}).get('Allow', 'another')}"}
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}; {way_out.get(error.status_code, '')}"
-        return error_response(error.status_code, message, error.headers)
+        where, headers = f"{request.method} {request.url.path[:100]}", error.headers or {}
+        message = Problem.UNKNOWN_ADDRESS.of(where, error.detail)
+        if error.status_code == 405:
+            message = Problem.OTHER_METHOD.of(where, error.detail, headers.get("Allow", "another"))
+        return error_response(error.status_code, message, headers)
 
     def _count_other(self, code: int) -> None:
         """Count an answer that does not come from a route."""
@@ -255,7 +257,7 @@ def _asks_for_logits(request: Request) -> bool:
     words = dict(request.query_params)
     answer = words.pop("logits", "false")
     if words or answer not in ("true", "false"):
-        raise RefusedError(400, f"?{request.url.query[:60]} is not a parameter; the only one is ?logits=true")
+        raise RefusedError(400, Problem.UNKNOWN_PARAMETER, request.url.query[:60])
     return answer == "true"
 
 
@@ -274,8 +276,8 @@ def response_of(error: Exception) -> Response:
 
     Any other error is a bug: 500. The log gets the traceback without the message, which may contain user data."""
     if isinstance(error, RefusedError):
-        return error_response(error.status, error.message, error.headers)
+        return error_response(error.status, str(error), error.headers)
     if isinstance(error, RequestError):
         return error_response(_STATUSES.get(type(error), 400), str(error))
     logger.error("bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
-    return error_response(500, f"an error in the server ({type(error).__name__}): its log says where")
+    return error_response(500, Problem.BUG.of(type(error).__name__))

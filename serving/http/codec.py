@@ -17,7 +17,8 @@ from starlette.responses import Response
 from serving.bundle.log import BundleIdentity
 from serving.errors import RequestError
 from serving.network import Steps
-from serving.scoring.request import Request, RequestColumns, Scored, short_repr
+from serving.problems import Problem
+from serving.scoring.request import Request, RequestColumns, Scored, short_repr, unfit
 from serving.scoring.sent import ARROW, SentTable, check_table, sent_requests, sent_table, stream_of
 from serving.settings import Budget
 from trainer.schema.fields import Field
@@ -96,7 +97,7 @@ def parse_json(body: bytes, budget: Budget) -> Steps[Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as failure:
-        raise RequestError(f"the body is not JSON: {failure}; send one object, {_EXAMPLE}") from None
+        raise RequestError(Problem.NOT_JSON, failure, _EXAMPLE) from None
     yield
     return value
 
@@ -129,14 +130,10 @@ def requests_of(value: Any, budget: Budget) -> tuple[list[Request], bool]:
     several = value["requests"] if isinstance(value, dict) else value
     if isinstance(value, dict) and len(value) > 1:
         extra = next(key for key in value if key != "requests")
-        raise RequestError(
-            f"the body has {short_repr(extra)} next to requests; put it into each request, or leave it out"
-        )
+        raise RequestError(Problem.BESIDE_REQUESTS, short_repr(extra))
     if not isinstance(several, list):
-        where, wanted = ("requests", "") if isinstance(value, dict) else ("the body", f"one request, {_EXAMPLE}, or ")
-        raise RequestError(
-            f"{where} is {short_repr(several)}, and has to be {wanted}a list of requests, each {_EXAMPLE}"
-        )
+        where, one = ("requests", "") if isinstance(value, dict) else ("the body", f"one request, {_EXAMPLE}, or ")
+        raise unfit(where, several, f"{one}a list of requests, each {_EXAMPLE}")
     budget.check("requests", len(several))
     return [request_of(each, f"requests[{place}]", budget) for place, each in enumerate(several)], False
 
@@ -144,19 +141,15 @@ def requests_of(value: Any, budget: Budget) -> tuple[list[Request], bool]:
 def request_of(value: Any, where: str, budget: Budget) -> Request:
     """Return the request of a JSON object; the scorer checks the values later. Raises RequestError."""
     if not isinstance(value, dict):
-        raise RequestError(f"{where} is {short_repr(value)}, and has to be an object, {_EXAMPLE}")
+        raise unfit(where, value, f"an object, {_EXAMPLE}")
     for part, columns in value.items():
         if part not in _PARTS:
-            raise RequestError(
-                f"{where} has {short_repr(part)}; a request has {', '.join(_PARTS)}: put it into one of them"
-            )
+            raise RequestError(Problem.UNKNOWN_PART, where, short_repr(part), ", ".join(_PARTS))
         if not isinstance(columns, dict):
-            raise RequestError(
-                f"{where}: {part} is {short_repr(columns)}, and has to be an object with a value per column"
-            )
+            raise unfit(f"{where}: {part}", columns, "an object with a value per column")
         budget.check_names(columns)
     if "candidates" not in value:
-        raise RequestError(f"{where} has no candidates; send {_EXAMPLE}, with empty lists where there are none")
+        raise RequestError(Problem.NO_CANDIDATES, where, _EXAMPLE)
     return Request(user=value.get("user", {}), context=value.get("context", {}), candidates=value["candidates"])
 
 
@@ -186,7 +179,7 @@ def arrow_table(body: bytes, budget: Budget) -> Steps[pa.Table]:
         yield
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, struct.error, IndexError) as failure:
-        raise RequestError(f"the body is not an Arrow stream: {failure}; write it by pyarrow.ipc.new_stream") from None
+        raise RequestError(Problem.NOT_ARROW, failure) from None
     yield
     return table
 
@@ -198,11 +191,9 @@ def _check_messages(body: bytes, budget: Budget) -> None:
         if number == 0:
             budget.check("schema_bytes", message.metadata.size)
         if message.type == "dictionary":
-            raise RequestError("the Arrow stream has a dictionary, and may grow without limit: write plain texts")
+            raise RequestError(Problem.ARROW_DICTIONARY)
         if message.type == "record batch" and _is_compressed(message.metadata.to_pybytes()):
-            raise RequestError(
-                "the Arrow stream is compressed, and may grow without limit: write it without compression"
-            )
+            raise RequestError(Problem.ARROW_COMPRESSED)
 
 
 def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:

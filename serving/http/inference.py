@@ -23,7 +23,8 @@ from featurestore.keys import Int64Array
 from serving.errors import RequestError
 from serving.http.codec import JSON, ArrowBody, JsonBody, Scores, parse_json
 from serving.network import CHUNK, Steps
-from serving.scoring.request import RequestColumns, short_repr
+from serving.problems import Problem
+from serving.scoring.request import RequestColumns, short_repr, unfit
 from serving.scoring.sent import Names, SentColumn, SentTable
 from serving.settings import Budget
 from trainer.samples.columns import Rule
@@ -55,10 +56,7 @@ def split_body(body: bytes, header: str | None, budget: Budget) -> Steps[tuple[A
     if header is None:
         return (yield from parse_json(body, budget)), memoryview(b"")
     if not (header.isascii() and header.isdigit()) or len(header) > 12 or int(header) > len(body):
-        raise RequestError(
-            f"{HEADER} is {short_repr(header[:40])}, and has to be the length of the JSON at the beginning of the "
-            f"body, at most {len(body)}"
-        )
+        raise unfit(HEADER, header[:40], f"the length of the JSON that begins the body, at most {len(body)}")
     return (yield from parse_json(body[: int(header)], budget)), memoryview(body)[int(header) :]
 
 
@@ -66,21 +64,19 @@ def tensors_of(value: Any, binary: memoryview, budget: Budget) -> Steps[dict[str
     """Read the tensors of a request by their names. Raises RequestError naming the tensor and the mistake."""
     inputs = value.get("inputs") if isinstance(value, dict) else None
     if not isinstance(inputs, list):
-        raise RequestError('the body has no inputs; send {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
+        raise RequestError(Problem.NO_INPUTS)
     found: dict[str, Tensor] = {}
     count = 0
     for each in inputs:
         if not isinstance(each, dict) or not isinstance(each.get("name"), str):
-            raise RequestError(
-                f"an input is {short_repr(each)}; it has to be an object with name, shape, datatype and data"
-            )
+            raise unfit("an input", each, "an object with name, shape, datatype and data")
         budget.check_names([each["name"]])
         tensor, binary = yield from _tensor(each, binary, budget)
         budget.check("values", count := count + len(tensor.values))
         if found.setdefault(tensor.name, tensor) is not tensor:
-            raise RequestError(f"input {short_repr(tensor.name)} is sent twice; send each tensor once")
+            raise RequestError(Problem.SENT_TWICE, short_repr(tensor.name))
     if len(binary):
-        raise RequestError(f"{len(binary)} bytes follow the last tensor; give each tensor its binary_data_size")
+        raise RequestError(Problem.BYTES_FOLLOW, len(binary))
     return found
 
 
@@ -88,27 +84,23 @@ def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[t
     name, datatype, shape = each["name"], each.get("datatype"), each.get("shape")
     where = f"input {short_repr(name)}"
     if not isinstance(datatype, str) or (datatype not in DTYPES and datatype != "BYTES"):
-        raise RequestError(f"{where}: datatype is {short_repr(datatype)}; it is BYTES, {', '.join(DTYPES)}")
+        raise unfit(f"{where}: datatype", datatype, f"BYTES, {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not _is_shape(shape):
-        raise RequestError(
-            f"{where}: shape is {short_repr(shape)}, and has to be a list of 1 to {MAX_DIMENSIONS} sizes"
-        )
+        raise unfit(f"{where}: shape", shape, f"a list of 1 to {MAX_DIMENSIONS} sizes")
     budget.check("values", prod(max(size, 1) for size in shape))  # [10**9, 0] means 10**9 lists
     parameters = each.get("parameters") or {}
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is None:
         if "data" not in each:
-            raise RequestError(f"{where} has neither data nor the parameter binary_data_size")
+            raise RequestError(Problem.NO_DATA, where)
         values: list[Any] | NDArray[Any] = _flat(each["data"], where)
     else:
         if type(size) is not int or not 0 <= size <= len(binary):
-            raise RequestError(f"{where}: binary_data_size is {short_repr(size)}; {len(binary)} bytes are left")
+            raise unfit(f"{where}: binary_data_size", size, f"0 to {len(binary)}, the bytes that are left")
         values, binary = (yield from _from_binary(binary[:size], datatype, prod(shape), where)), binary[size:]
     yield
     if prod(shape) != len(values):
-        raise RequestError(
-            f"{where}: shape {short_repr(shape)} has {prod(shape)} values, but the data has {len(values)}"
-        )
+        raise RequestError(Problem.OTHER_COUNT, where, prod(shape), len(values))
     return Tensor(name, datatype, tuple(shape), values), binary
 
 
@@ -124,20 +116,18 @@ def _flat(data: Any, where: str) -> list[Any]:
         if list not in kinds:
             break
         if kinds != {list}:
-            raise RequestError(f"{where}: data mixes lists and values; nest all alike, or send one flat list")
+            raise RequestError(Problem.MIXED_DATA, where)
         values = list(chain.from_iterable(values))
     return values
 
 
 def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Steps[list[Any] | NDArray[Any]]:
-    """Read at most `count` values of a tensor; refuses more before it reads them."""
+    """Read the values of a tensor; refuses more than `count` texts before it reads them."""
     if datatype == "BYTES":
         return (yield from _texts(data, count, where))
     dtype = np.dtype(DTYPES[datatype])
     if len(data) % dtype.itemsize:
-        raise RequestError(f"{where}: {len(data)} bytes are not a multiple of the size of {datatype}")
-    if len(data) > count * dtype.itemsize:
-        raise RequestError(f"{where}: its shape has {count} values, but the data has {len(data) // dtype.itemsize}")
+        raise RequestError(Problem.NOT_MULTIPLE, where, len(data), datatype)
     return np.frombuffer(data, dtype)
 
 
@@ -146,18 +136,18 @@ def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
     place = 0
     while place < len(data):
         if place + 4 > len(data):
-            raise RequestError(f"{where}: the binary data ends inside the length of text {len(texts)}")
+            raise RequestError(Problem.TEXT_CUT, where, len(texts), 4, len(data) - place)
         (length,) = struct.unpack_from("<I", data, place)
         place += 4
         if place + length > len(data):
-            raise RequestError(f"{where}: text {len(texts)} has {length} bytes, but {len(data) - place} are left")
+            raise RequestError(Problem.TEXT_CUT, where, len(texts), length, len(data) - place)
         try:
             texts.append(str(data[place : place + length], "utf-8"))
         except UnicodeDecodeError:
-            raise RequestError(f"{where}: text {len(texts)} is not UTF-8") from None
+            raise RequestError(Problem.TEXT_NOT_UTF8, where, len(texts)) from None
         place += length
         if len(texts) > count:
-            raise RequestError(f"{where}: its shape has {count} values, but the data has more")
+            raise RequestError(Problem.OTHER_COUNT, where, count, "more")
         if len(texts) % CHUNK == 0:
             yield
     return texts
@@ -183,7 +173,7 @@ def sent_tensors(columns: RequestColumns, tensors: Mapping[str, Tensor]) -> Sent
     rules = columns.sources
     for name in tensors.keys() - rules.keys():
         if not (name.endswith(LENGTHS) and name.removesuffix(LENGTHS) in tensors.keys() & rules.keys()):
-            raise RequestError(f"input {short_repr(name)} is not an input of the model: {', '.join(rules)}")
+            raise RequestError(Problem.UNKNOWN_TENSOR, "input", short_repr(name), ", ".join(rules))
     levels = {name: _levels(name, tensors, rule) for name, rule in rules.items() if name in tensors}
     rows = {name: int(each[0][0]) for name, each in levels.items() if rules[name].side == "ad"}
     num_candidates = 0 if set(rows.values()) == {0, 1} else max(rows.values(), default=0)
@@ -202,7 +192,7 @@ def _levels(name: str, tensors: Mapping[str, Tensor], rule: Rule) -> tuple[Int64
     if len(tensor.shape) != max(1, rule.depth) or (rule.depth == 0 and tensor.shape != (1,)):
         outer = "C" if rule.side == "ad" else "L"
         of_lists = f"[{outer}, {rule.width or 'K'}], or [N] with a tensor {name}{LENGTHS} [{outer}]"
-        raise _shape_error(name, tensor, ("[1]", f"[{outer}]", of_lists)[rule.depth])
+        raise unfit(f"input {name}: shape", tensor.shape, ("[1]", f"[{outer}]", of_lists)[rule.depth])
     rows, *widths = tensor.shape
     return (np.array([rows]), *(np.full(rows, width) for width in widths)) if rule.depth else ()
 
@@ -211,18 +201,13 @@ def _by_lengths(name: str, tensor: Tensor, lengths: Tensor) -> tuple[Int64Array,
     # Python's integers, whose sum is exact.
     counts = lengths.values if isinstance(lengths.values, list) else lengths.values.tolist()
     if len(lengths.shape) != 1 or not set(map(type, counts)) <= {int}:
-        raise RequestError(f"input {name}{LENGTHS} is {lengths.datatype} {list(lengths.shape)}; it has to be INT64 [C]")
+        sent = f"{lengths.datatype} {list(lengths.shape)}"
+        raise RequestError(Problem.UNFIT, f"input {name}{LENGTHS}", sent, "INT64 [C]")
     if any(count < 0 for count in counts) or sum(counts) != len(tensor.values):
-        raise RequestError(
-            f"input {name}{LENGTHS} adds up to {sum(counts)}, but {name} has {len(tensor.values)} values"
-        )
+        raise RequestError(Problem.OTHER_TOTAL, name, sum(counts), len(tensor.values))
     if len(tensor.shape) != 1:
-        raise _shape_error(name, tensor, f"[N], as {name}{LENGTHS} is sent")
+        raise unfit(f"input {name}: shape", tensor.shape, f"[N], as {name}{LENGTHS} is sent")
     return np.array([len(counts)]), np.array(counts, np.int64)
-
-
-def _shape_error(name: str, tensor: Tensor, wanted: str) -> RequestError:
-    return RequestError(f"input {name} has shape {list(tensor.shape)}, and has to be {wanted}")
 
 
 def model_metadata(name: str, version: int, columns: Mapping[str, Rule]) -> dict[str, Any]:
@@ -253,7 +238,7 @@ class TensorBody:
         tensors = yield from tensors_of(value, binary, budget)
         self._asked, self._id = _asked(value), value.get("id")
         if self._id is not None and not isinstance(self._id, str):
-            raise RequestError(f"id is {short_repr(self._id)}, and has to be a text")
+            raise unfit("id", self._id, "a text")
         return sent_tensors(columns, tensors)
 
     def answer(self, scores: Scores) -> Response:
@@ -297,13 +282,11 @@ def _asked(value: dict[str, Any]) -> dict[str, bool]:
     if outputs is None:
         return dict.fromkeys(OUTPUTS, all_binary)
     if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
-        raise RequestError(f"outputs is {short_repr(outputs)}, and has to be a list of objects with a name")
+        raise unfit("outputs", outputs, "a list of objects with a name")
     asked: dict[str, bool] = {}
     for each in outputs:
         if not isinstance(each.get("name"), str) or each["name"] not in OUTPUTS:
-            raise RequestError(
-                f"output {short_repr(each.get('name'))} is not an output of the model: {', '.join(OUTPUTS)}"
-            )
+            raise RequestError(Problem.UNKNOWN_TENSOR, "output", short_repr(each.get("name")), ", ".join(OUTPUTS))
         own = each.get("parameters") or {}
         asked[each["name"]] = own.get("binary_data", all_binary) is True if isinstance(own, dict) else all_binary
     return asked

@@ -7,11 +7,13 @@ of all limits. The kernel ends clients that do not read their answer: TCP_USER_T
 import asyncio
 import resource
 import socket
-from collections.abc import Mapping
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from serving.errors import ServingError
+from serving.problems import Problem
 
 BODIES_AT_ONCE = 16
 """Bodies of the largest size that may be in memory at the same time, in each worker."""
@@ -27,15 +29,15 @@ MAX_PIPELINED = 16
 MAX_CHUNKS = 1_000
 """Chunks of a body, plus one for each `CHUNK_BYTES` of it."""
 CHUNK_BYTES = 256
-CLOSE = {"Connection": "close"}
+CLOSE, AGAIN = {"Connection": "close"}, {"Retry-After": "1"}
 
 
-class RefusedError(Exception):
+class RefusedError(ServingError):
     """An HTTP error that ends a request, with a status, one message for the client, and headers."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, dict(headers or {})
+    def __init__(self, status: int, problem: Problem, *values: object, **headers: str) -> None:
+        super().__init__(problem, *values)
+        self.status, self.headers = status, headers
 
 
 class BodyLimits:
@@ -60,7 +62,7 @@ class BodyLimits:
         try:
             await self.app(scope, upload.receive, send)
         except RefusedError as error:  # the application did not handle it
-            await PlainTextResponse(error.message, error.status, error.headers)(scope, receive, send)
+            await PlainTextResponse(str(error), error.status, error.headers)(scope, receive, send)
         finally:
             self.release(upload)
 
@@ -98,7 +100,7 @@ class _Upload:
         if self.size_bytes == 0:
             announced = next((value for name, value in self._scope["headers"] if name == b"content-length"), b"0")
             if announced.isdigit() and int(announced[:20]) > self._limits.max_bytes:
-                raise self._too_large(f"{announced[:20].decode()} bytes")
+                raise self._too_large(announced[:20].decode())
         try:
             async with asyncio.timeout_at(self._deadline_s()) as self._timeout:
                 message = await self._receive()
@@ -109,7 +111,7 @@ class _Upload:
         if self._is_refused:
             raise self._error()
         if message["type"] != "http.request":
-            raise RefusedError(400, "the client closed the connection before the end of the body")
+            raise RefusedError(400, Problem.CLIENT_LEFT)
         self._is_whole = not message.get("more_body", False)
         if self._is_whole:
             self._limits.release(self)
@@ -131,7 +133,7 @@ class _Upload:
         if self._is_refused:
             raise self._error()
         if self.size_bytes > self._limits.max_bytes:
-            raise self._too_large(f"over {self._limits.max_bytes:,} bytes")
+            raise self._too_large(f"over {self._limits.max_bytes:,}")
 
     def _deadline_s(self) -> float:
         end_s = self._begin_s + self._limits.timeout_s
@@ -141,17 +143,14 @@ class _Upload:
 
     def _error(self) -> RefusedError:
         if self._is_refused:
-            problem = "too many bodies are being read, and this one is the slowest: try again"
-            return RefusedError(503, problem, CLOSE | {"Retry-After": "1"})
+            return RefusedError(503, Problem.SLOWEST_BODY, **CLOSE, **AGAIN)
         timeout_s = self._limits.timeout_s
         if self._deadline_s() < self._begin_s + timeout_s:
-            rule = f"a body over {SMALL_BYTES:,} bytes has to bring as many every {timeout_s / STEPS:g} s"
-            return RefusedError(408, f"{rule}: send it at once", CLOSE)
-        return RefusedError(408, f"the body did not come within {timeout_s:g} s: send it at once", CLOSE)
+            return RefusedError(408, Problem.SLOW_BODY, SMALL_BYTES, timeout_s / STEPS, **CLOSE)
+        return RefusedError(408, Problem.LATE_BODY, timeout_s, **CLOSE)
 
     def _too_large(self, size: str) -> RefusedError:
-        most, way_out = self._limits.max_bytes, self._limits.way_out
-        return RefusedError(413, f"the body has {size}; this server takes at most {most:,}: {way_out}", CLOSE)
+        return RefusedError(413, Problem.OVER_MAX_BYTES, size, self._limits.max_bytes, self._limits.way_out, **CLOSE)
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -195,7 +194,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         if self._framing_bytes > MAX_HEAD_BYTES:
-            self._refusal = _HEAD_TOO_LARGE
+            self._refusal = 431, Problem.OVER_MAX_HEAD_BYTES.of(MAX_HEAD_BYTES)
             self._refuse()
         elif self._framing_bytes and not self._in_body and self._deadline is None:
             self._arm()  # for empty lines, which are not a request
@@ -207,7 +206,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._stop(400, f"over {MAX_PIPELINED} requests wait for answers on this connection: read some first")
+            self._stop(400, Problem.OVER_MAX_PIPELINED, MAX_PIPELINED)
         self._arm()
         self._head_bytes = 0
         super().on_message_begin()
@@ -220,7 +219,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._count_head(len(name) + len(value) + len(b": \r\n"))
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
-            self._stop(431, f"the request has over {MAX_HEADERS} headers: send fewer")
+            self._stop(431, Problem.OVER_MAX_HEADERS, MAX_HEADERS)
 
     def on_headers_complete(self) -> None:
         self._disarm()
@@ -235,7 +234,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Count a chunk; called by httptools, uvicorn does not define it."""
         self._num_chunks += 1
         if self._num_chunks > MAX_CHUNKS + self._body_bytes // CHUNK_BYTES:
-            self._stop(400, f"the body has over {MAX_CHUNKS:,} chunks below {CHUNK_BYTES} bytes: send larger ones")
+            self._stop(400, Problem.OVER_MAX_CHUNKS, MAX_CHUNKS, CHUNK_BYTES)
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -261,12 +260,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._stop(*_HEAD_TOO_LARGE)
+            self._stop(431, Problem.OVER_MAX_HEAD_BYTES, MAX_HEAD_BYTES)
 
-    def _stop(self, status: int, message: str) -> None:
+    def _stop(self, status: int, problem: Problem, *values: object) -> None:
         """Stop httptools; `send_400_response` follows."""
-        self._refusal = status, message
-        raise ValueError(message)
+        self._refusal = status, problem.of(*values)
+        raise ValueError(problem)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -298,9 +297,6 @@ class LimitedProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         if not self.transport.is_closing():
             self.transport.abort()
-
-
-_HEAD_TOO_LARGE = 431, f"request line, headers or chunk lines have over {MAX_HEAD_BYTES:,} bytes: send fewer"
 
 
 def protocol_with(headers_timeout_s: float) -> type[LimitedProtocol]:

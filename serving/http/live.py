@@ -21,8 +21,9 @@ from featurestore.console.memory import return_freed_memory
 from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError, NotFiniteError
 from serving.http.access import logger
-from serving.http.limits import RefusedError
+from serving.http.limits import AGAIN, RefusedError
 from serving.http.metrics import ServingMetrics
+from serving.problems import Problem
 from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -68,10 +69,7 @@ def warm_up(model: "Scorer") -> int:
         for row in range(sample.num_rows):
             model.score(sample.slice(row, 1))
     except NotFiniteError as error:
-        raise BrokenBundleError(
-            f"version {model.identity.version} gives scores that are not finite numbers: export a sound run, or go "
-            "back by `crossmedia model use`"
-        ) from error
+        raise BrokenBundleError(Problem.SCORES_NOT_FINITE, model.identity.version) from error
     return sample.num_rows
 
 
@@ -93,7 +91,7 @@ class LiveModel:
     def model(self) -> "Scorer":
         """The model in use. Raises RefusedError (503) until one is loaded."""
         if self._model is None:
-            raise RefusedError(503, "the model is being loaded: try again", {"Retry-After": "1"})
+            raise RefusedError(503, Problem.NOT_LOADED, **AGAIN)
         return self._model
 
     @contextmanager

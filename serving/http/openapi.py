@@ -1,7 +1,7 @@
 """An example request to the model in use, and the server's description as OpenAPI 3.1: both of the model's columns."""
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from serving.http.codec import JSON
@@ -43,9 +43,7 @@ def command_of(server: str, *, with_token: bool) -> str:
     return f"{curl} {shlex.quote(server + EXAMPLE)} | {curl} {shlex.quote(f'{server}/v1/score')} -H {kind} -d @-"
 
 
-def description(
-    name: str, version: str, columns: RequestColumns, routes: Iterable[tuple[str, str, str]]
-) -> dict[str, Any]:
+def description(name: str, version: str, columns: RequestColumns, routes: list[tuple[str, str, str]]) -> dict[str, Any]:
     """Describe the server as OpenAPI 3.1. `routes`: method, path with {names}, and what it does, of each address."""
     paths: dict[str, dict[str, Any]] = {}
     for method, path, summary in routes:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from serving.http.codec import Scores
 from serving.http.inference import Body
-from serving.http.limits import RefusedError
+from serving.http.limits import AGAIN, RefusedError
 from serving.http.live import LiveModel
 from serving.network import ResultT, Steps
+from serving.problems import Problem
 from serving.scoring.sent import REQUEST_COST, SentTable, Sizes, joined
 from serving.settings import ServerSettings
 
@@ -110,14 +111,10 @@ class ScoringQueue:
         """Wait for the model and score a body. Raises RefusedError (503), RequestError."""
         self._live.model  # noqa: B018 (raises if there is none yet)
         if len(self) >= ALWAYS_WAIT and (wait_s := self.predicted_wait_s) > self._max_wait_s:
-            raise RefusedError(
-                503,
-                f"the server is busy: a request would wait {1000 * wait_s:.0f} ms, over {1000 * self._max_wait_s:g}; "
-                "try again later, or start more workers",
-                {"Retry-After": str(max(1, math.ceil(wait_s)))},
-            )
+            again = {"Retry-After": str(max(1, math.ceil(wait_s)))}
+            raise RefusedError(503, Problem.BUSY, 1000 * wait_s, 1000 * self._max_wait_s, **again)
         if self._undecoded_bytes and self._undecoded_bytes + size_bytes > self._max_undecoded_bytes:
-            raise RefusedError(503, "the server is busy: too many large bodies at once", {"Retry-After": "1"})
+            raise RefusedError(503, Problem.TOO_MANY_LARGE_BODIES, **AGAIN)
         self._undecoded_bytes += size_bytes
         self._undecoded += 1
         self._cost += REQUEST_COST  # a lower bound

@@ -69,9 +69,8 @@ def serve(settings: ServerSettings, make_source: MakeSource = BundleSource) -> i
     access.configure_logging()
     access.check_files(settings)
     listener = access.listen(settings)
-    logger.info(
-        "listening on %s for model %s of %s", access.url_of(settings, listener), settings.model_name, settings.model
-    )
+    url = access.url_of(settings, listener)
+    logger.info("listening on %s for model %s of %s", url, settings.model_name, settings.model)
     with listener:
         if settings.workers == 1:
             return run_worker(settings, listener, make_source)
@@ -225,11 +224,7 @@ class WorkerSupervisor:
 
 
 def _work(
-    settings: ServerSettings,
-    listener: socket.socket,
-    make_source: MakeSource,
-    ready: Event,
-    pause_s: float,
+    settings: ServerSettings, listener: socket.socket, make_source: MakeSource, ready: Event, pause_s: float
 ) -> None:
     """Run one of several workers; ends with its supervisor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the supervisor passes it on

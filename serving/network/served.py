@@ -33,6 +33,7 @@ from torch import Tensor
 
 from serving.errors import BrokenBundleError
 from serving.network import Steps, run_steps
+from serving.problems import Problem
 from trainer.config import ModelConfig
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import width_of
@@ -264,9 +265,7 @@ def _load_portable(path: Path) -> tuple[Run, Slots]:
                 vars(mode.shape_env).clear()
         slots = SLOTS_JSON.validate_json(written[SLOTS])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as failure:
-        raise BrokenBundleError(
-            f"{path} is not a network as it was exported ({_first_line(failure)}); export the model again"
-        ) from failure
+        raise BrokenBundleError(Problem.NOT_NETWORK, path, _first_line(failure)) from failure
     # `forward`: by its hooks the module would check sizes at each call, in 1.4 ms.
     return lambda tensors: (network.forward(*tensors),), slots
 

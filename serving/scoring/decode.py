@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from featurestore.keys import NO_IMAGE, Int64Array, ids_of_texts, keys_of_uris
 from serving.errors import NotFiniteError, RequestError
 from serving.network import CHUNK, Steps
+from serving.problems import Problem
 from serving.scoring.request import RequestColumns, short_repr
 from serving.scoring.sent import Bool, SentColumn, SentTable, UnusableValueError, missing, places_of
 from trainer.errors import OverflowingValueError
@@ -103,18 +104,14 @@ class _Decoder:
         for name, rule in self._columns.measured.items():
             levels = ((self._sent.counts_G,) if rule.side == "ad" else ()) + found[name].levels
             if rule.width is not None:
-                self._check_lengths(name, levels, np.full(len(levels[-1]), rule.width), "the schema says width={}")
+                self._check_lengths(name, levels, np.full(len(levels[-1]), rule.width), Problem.OTHER_LENGTH)
             for other in rule.lengths_of:
                 if found[name].levels:
-                    self._check_lengths(
-                        name, levels, found[other].levels[-1], f"{other} has {{}} there: values belong together"
-                    )
+                    self._check_lengths(name, levels, found[other].levels[-1], Problem.UNEQUAL_LENGTHS, other)
         for one, *others in self._columns.aligned:
             for name in others:
-                wanted = found[one].levels[0]
-                self._check_lengths(
-                    name, found[name].levels[:1], wanted, f"{one} has {{}} there: behaviours belong together"
-                )
+                own, wanted = found[name].levels[:1], found[one].levels[0]
+                self._check_lengths(name, own, wanted, Problem.UNEQUAL_LENGTHS, one)
         return found
 
     def _check_candidates(self) -> None:
@@ -126,15 +123,17 @@ class _Decoder:
                 lengths[name] = own_G if sent.in_context_G is None else np.where(sent.in_context_G, wanted_G, own_G)
         if lengths and (np.array(list(lengths.values())) != wanted_G).any():  # all at once: a third of the time
             for name, own_G in lengths.items():
-                self._check_lengths(name, (own_G,), wanted_G, "there are {} candidates")
+                self._check_lengths(name, (own_G,), wanted_G, Problem.OTHER_CANDIDATES)
 
-    def _check_lengths(self, name: str, levels: Sequence[Int64Array], wanted_M: Int64Array, why: str) -> None:
-        """Raise RequestError where a column's innermost lists are not as long as wanted; `why` names the length."""
+    def _check_lengths(
+        self, name: str, levels: Sequence[Int64Array], wanted_M: Int64Array, problem: Problem, *other: str
+    ) -> None:
+        """Raise RequestError where a column's innermost lists are not as long as wanted, or as those of `other`."""
         found_M = levels[-1]
         if (wrong_M := found_M != wanted_M).any():
             place = int(wrong_M.argmax())
             path = self._sent.names.path(name, places_of(levels[:-1], place))
-            raise RequestError(f"{path} has {found_M[place]} entries, but {why.format(wanted_M[place])}")
+            raise RequestError(problem, path, int(found_M[place]), *other, int(wanted_M[place]))
 
     def _integers(self) -> dict[str, Values]:
         """Convert the columns of whole numbers of JSON, if all of their values are."""
@@ -181,7 +180,7 @@ class _Decoder:
             for depth, wanted_M in enumerate(levels):
                 outer = (self._sent.counts_G,) if rule.side == "ad" else ()
                 inside = (*outer, *column.levels[: depth + 1])
-                self._check_lengths(name, inside, wanted_M, f"{rule.crossed[0]} has {{}} there: they are crossed")
+                self._check_lengths(name, inside, wanted_M, Problem.UNEQUAL_LENGTHS, rule.crossed[0])
             encoded.append(Encoded(found.ids_U, found.texts_U, column.values))
         ids = [np.zeros(0, np.int64)]
         for start in range(0, len(encoded[0].index_N), CROSSED_CHUNK):
@@ -214,7 +213,7 @@ def _in_chunks(values: Any, convert: Callable[[Any], Result], chunk: int = CHUNK
         try:
             found.append(convert(values if len(values) <= chunk else values[start : start + chunk]))
         except UnusableValueError as failure:
-            raise UnusableValueError(failure.place + start, failure.why) from None
+            raise UnusableValueError(failure.place + start, failure.problem, *failure.told) from None
         yield
     return found
 
@@ -280,30 +279,30 @@ def _finite(numbers_N: NDArray[np.float32], values: Any, may_miss: bool) -> NDAr
     if wrong_N.any():
         place = int(wrong_N.argmax())
         way_out = "; fill in the schema replaces missing ones" if np.isnan(numbers_N[place]) else ""
-        raise UnusableValueError(place, f"{values[place]}, and has to be a finite float32 number{way_out}")
+        raise UnusableValueError(place, Problem.NOT_FINITE, values[place], way_out)
     return numbers_N
 
 
 def whole_array(values: NDArray[Any]) -> NDArray[np.int64]:
     """Return whole numbers as int64. Raises UnusableValueError."""
     if values.dtype.kind not in "iu" and len(values):
-        raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a whole number")
+        raise UnusableValueError(0, Problem.UNFIT, short_repr(values[0].item()), "a whole number")
     if values.dtype == np.uint64 and len(values) and int(values.max()) >= 1 << 63:
-        raise UnusableValueError(int(values.argmax()), f"{values.max()}, beyond 64 bits with a sign")
+        raise UnusableValueError(int(values.argmax()), Problem.BEYOND_64_BITS, values.max())
     return values.astype(np.int64, copy=False)
 
 
 def _reals(values: NDArray[Any], may_miss: bool) -> NDArray[np.float32]:
     """Return numbers as float32. Raises UnusableValueError."""
     if values.dtype.kind not in "iuf" and len(values):
-        raise UnusableValueError(0, f"{short_repr(values[0].item())}, and has to be a number")
+        raise UnusableValueError(0, Problem.UNFIT, short_repr(values[0].item()), "a number")
     with np.errstate(over="ignore"):
         return _finite(values.astype(np.float32), values, may_miss)
 
 
 def _refuse_nulls(is_null_N: Bool | None) -> None:
     if is_null_N is not None and is_null_N.any():
-        raise UnusableValueError(int(is_null_N.argmax()), "null: leave the row out")
+        raise UnusableValueError(int(is_null_N.argmax()), Problem.NULL)
 
 
 def _hashed(texts: Any, rule: Rule) -> Encoded:
@@ -312,7 +311,7 @@ def _hashed(texts: Any, rule: Rule) -> Encoded:
     try:
         return encode_texts(texts.fill_null(""), rule.text)
     except UnicodeDecodeError:
-        raise UnusableValueError(0, "in a column with text that is not UTF-8; write it in UTF-8") from None
+        raise UnusableValueError(0, Problem.COLUMN_NOT_UTF8) from None
 
 
 def _encoded(sent: SentColumn, rule: Rule) -> Steps[Encoded]:
@@ -352,14 +351,13 @@ def _int64(values: Sequence[Any]) -> NDArray[np.int64]:
         return np.fromiter(values, np.int64, len(values))
     except OverflowError:
         place = next(place for place, value in enumerate(values) if not -(1 << 63) <= value < 1 << 63)
-        why = f"{short_repr(values[place])}, beyond 64 bits with a sign; send it as a text if it is a name"
-        raise UnusableValueError(place, why) from None
+        raise UnusableValueError(place, Problem.BEYOND_64_BITS, short_repr(values[place])) from None
 
 
 def _first(values: Sequence[Any], usable: set[type], wanted: str) -> UnusableValueError:
     """Make the error of the first value of another type."""
     place = next(place for place, value in enumerate(values) if type(value) not in usable)
     value = values[place]
-    is_large = type(value) is float and abs(value) >= 1 << 63  # the JSON parser returns larger whole numbers as floats
-    way_out = "; send a number beyond 64 bits as a text if it is a name" if is_large and "text" in wanted else ""
-    return UnusableValueError(place, f"{short_repr(value)}, and has to be {wanted}{way_out}")
+    if type(value) is float and abs(value) >= 1 << 63:  # the JSON parser returns larger whole numbers as floats
+        return UnusableValueError(place, Problem.BEYOND_64_BITS, short_repr(value))
+    return UnusableValueError(place, Problem.UNFIT, short_repr(value), wanted)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featurestore.text import near_match
 from serving.errors import RequestError
+from serving.problems import Problem
 from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
 from trainer.schema.fields import Field, Schema
 
@@ -68,7 +69,9 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-_WAYS_OUT = {"user": "put it into user", "ad": "put it into candidates, or into context if all have the same"}
+def unfit(where: str, value: Any, wanted: str) -> RequestError:
+    """Make the error of a value that has to be another."""
+    return RequestError(Problem.UNFIT, where, short_repr(value), wanted)
 
 
 class RequestColumns:
@@ -100,26 +103,22 @@ class RequestColumns:
     def check_parts(self, request: Request, where: str) -> None:
         """Raise RequestError for a column that is unknown, in the wrong part or in two; `where` begins the message."""
         user, context, candidates = request.user, request.context, request.candidates
-        for part, side, columns in (
-            ("user", "user", user),
-            ("context", "ad", context),
-            ("candidates", "ad", candidates),
-        ):
-            if columns.keys() <= self._of_side[side]:
+        for part, side, found in (("user", "user", user), ("context", "ad", context), ("candidates", "ad", candidates)):
+            if found.keys() <= self._of_side[side]:
                 continue
-            for name in columns.keys() & self.sources.keys() - self._of_side[side]:
-                of_side = self.sources[name].side
-                raise RequestError(f"{where}{part}.{name} is a column of side {of_side}; {_WAYS_OUT[of_side]}")
-            self.check_known(columns, f"{where}{part}.")
+            for name in found.keys() & self.sources.keys() - self._of_side[side]:
+                problem = Problem.OF_USER if self.sources[name].side == "user" else Problem.OF_AD
+                raise RequestError(problem, f"{where}{part}.{name}")
+            self.check_known(found, f"{where}{part}.")
         if context and (twice := context.keys() & candidates.keys() - self._ignored):
-            raise RequestError(f"{where}column {min(twice)} is in context and in candidates; leave one out")
+            raise RequestError(Problem.IN_BOTH, where, min(twice))
 
     def check_known(self, names: Iterable[str], prefix: str) -> None:
         """Raise RequestError for a name that is not a column of the schema; `prefix` is that of the name."""
         for name in names:
             if name not in self.sources and name not in self._ignored:
                 near = near_match(str(name), list(self.sources))
-                raise RequestError(f"{prefix}{short_repr(name)} is not a column of the model; {near}")
+                raise RequestError(Problem.UNKNOWN_COLUMN, prefix + short_repr(name), near)
 
 
 def expected(rule: Rule, depth: int) -> str:

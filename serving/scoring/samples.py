@@ -21,6 +21,7 @@ from serving.bundle.files import open_vectors
 from serving.bundle.open import ModelVersion
 from serving.errors import BrokenBundleError, NotFiniteError, ServerSettingsError, ServingError
 from serving.network import run_steps
+from serving.problems import Problem
 from serving.scoring.request import RequestColumns
 from serving.scoring.scorer import Scorer
 from serving.scoring.sent import ARROW, PIECE_REQUESTS, sent_table, stream_of
@@ -48,7 +49,7 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: RequestColumns
                 logits += score(table.slice(piece.start, piece.stop - piece.start))
             except NotFiniteError as failure:
                 first = f"{index.storage.full(row_group.file)}, from row {row_group.first_row + piece.start}"
-                raise DataError(f"{first}: {failure}") from None
+                raise DataError(Problem.WRONG, first, failure) from None
         yield np.concatenate(logits).astype(np.float64)
 
 
@@ -111,7 +112,7 @@ class RemoteScorer:
             inputs = parse_json(self._sent(f"/v2/models/{quote(name)}"))["inputs"]
             return {each["name"]: 0 if each["shape"] == [1] else len(each["shape"]) for each in inputs}
         except (ValueError, KeyError, TypeError) as failure:
-            raise ServingError(f"{self.url} is not a scorer: its description is another's: {failure!r}") from None
+            raise ServingError(Problem.NOT_SCORER, self.url, failure) from None
 
     def _sent(self, path: str, body: bytes | None = None) -> bytes:
         """Post an Arrow body to the server, or get what is there, and return its answer. Raises ServingError."""
@@ -125,15 +126,11 @@ class RemoteScorer:
             said = failure.read(2_000).decode(errors="replace")
             with contextlib.suppress(ValueError, KeyError, TypeError):  # of another server: shown as it is
                 said = parse_json(said)["error"]
-            raise ServingError(f"{self.url} answers {failure.code}: {one_line(said)}") from None
+            raise ServingError(Problem.ANSWERS, self.url, failure.code, one_line(said)) from None
         except (OSError, ValueError) as failure:
             if isinstance(why := getattr(failure, "reason", None), ssl.SSLCertVerificationError):
-                raise ServingError(
-                    f"{self.url}: its certificate is refused, {why.verify_message}; name those to trust by --ca"
-                ) from None
-            raise ServingError(
-                f"{self.url} does not answer: {one_line(failure)}; is that where the server listens?"
-            ) from None
+                raise ServingError(Problem.CERTIFICATE_REFUSED, self.url, why.verify_message) from None
+            raise ServingError(Problem.NO_ANSWER, self.url, one_line(failure)) from None
 
 
 def ca_context(file: Path | None) -> ssl.SSLContext | None:
@@ -144,7 +141,7 @@ def ca_context(file: Path | None) -> ssl.SSLContext | None:
         return ssl.create_default_context(cafile=file)
     except OSError as failure:  # of TLS too
         why = "it has no certificate" if isinstance(failure, ssl.SSLError) else failure.strerror
-        raise ServerSettingsError(f"--ca {file}: {why}; name a PEM file of certificates") from None
+        raise ServerSettingsError(Problem.UNUSABLE_CA, file, why) from None
 
 
 TOLERANCE = 1e-5
@@ -189,11 +186,8 @@ def compare(
         open_trained(run or run_path(manifest.run), SoloComm(), which=manifest.checkpoint, store_version=first)
     ) as trained:
         if trained.saved.digest != manifest.checkpoint_digest:
-            raise BrokenBundleError(
-                f"{trained.saved.checkpoint} is not the checkpoint that version {manifest.version} was made of: its "
-                f"digest is {trained.saved.digest[:12]} instead of {manifest.checkpoint_digest[:12]}; name the run by "
-                "--run"
-            )
+            digests = trained.saved.digest[:12], manifest.checkpoint_digest[:12]
+            raise BrokenBundleError(Problem.OTHER_CHECKPOINT, trained.saved.checkpoint, manifest.version, *digests)
         index = open_test(SoloComm(), trained.config, trained.schema, samples)
         starts = np.cumsum([0, *(each.num_samples for each in index.row_groups)])[:-1]
         index = replace(index, row_groups=index.row_groups[: int((starts < impressions).sum())])

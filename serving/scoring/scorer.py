@@ -20,6 +20,7 @@ from serving.bundle.open import Bundle
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
 from serving.network.served import FieldRows, NetworkInputs
+from serving.problems import Problem
 from serving.scoring.decode import decode
 from serving.scoring.request import Places, Request, RequestColumns, Scored
 from serving.scoring.sent import Bool, SentTable, Sizes, sent_requests, sent_table
@@ -92,7 +93,7 @@ class Scorer(Bundle):
             try:
                 check_equal_lists(batch, self._equal_lists)
             except DataError as failure:
-                raise RequestError(str(failure)) from None
+                raise RequestError(*failure.args) from None
         fields, unknown_of_field = self._id_rows(batch, nulls)
         missing_of_field = dict[str, Bool]()
         yield
@@ -190,8 +191,7 @@ def _not_finite(sent: SentTable, batch: Batch, logits_B: NDArray[np.float32]) ->
     place = int((~np.isfinite(logits_B)).argmax())
     request = int(batch.group_of_sample_B[place])
     candidate = place - int(sent.counts_G[:request].sum())
-    where = sent.names.of_request(request)
-    return NotFiniteError(f"{where}the logit of candidate {candidate} is not a finite number; send smaller numbers")
+    return NotFiniteError(Problem.LOGIT_NOT_FINITE, sent.names.of_request(request), candidate)
 
 
 def _by_request(counts_G: Int64Array, batch: Batch, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:

@@ -19,6 +19,7 @@ from featurestore.format.datafile import is_text
 from featurestore.keys import Int64Array
 from serving.errors import RequestError
 from serving.network import CHUNK, Steps
+from serving.problems import Problem
 from serving.scoring.request import Request, RequestColumns, expected, short_repr
 from serving.settings import Budget
 from trainer.errors import SchemaError
@@ -106,9 +107,8 @@ class Sizes:
     def pieces(self) -> Iterator[slice]:
         """Cut the requests into pieces that are converted and scored at a time: at least one, which may be empty."""
         start = candidates = values = 0
-        for place, (own_candidates, own_values) in enumerate(
-            zip(self.candidates_G.tolist(), self.values_G.tolist(), strict=True)
-        ):
+        sizes = zip(self.candidates_G.tolist(), self.values_G.tolist(), strict=True)
+        for place, (own_candidates, own_values) in enumerate(sizes):
             candidates, values = candidates + own_candidates, values + own_values
             is_full = candidates > PIECE_CANDIDATES or values > PIECE_VALUES or place - start >= PIECE_REQUESTS
             if is_full and place > start:
@@ -166,16 +166,13 @@ class SentTable:
         """Measure each request by the lengths of its lists."""
         behaviors_G = values_G = np.zeros(len(self.counts_G), np.int64)
         for name, column in self.columns.items():
-            rule, levels = columns.sources[name], column.levels
+            rule, levels, in_context_G = columns.sources[name], column.levels, column.in_context_G
             if levels:
-                own_G = levels[0]
-                values_G = values_G + (
-                    own_G if column.in_context_G is None else np.where(column.in_context_G, 0, own_G)
-                )
+                values_G = values_G + (levels[0] if in_context_G is None else np.where(in_context_G, 0, levels[0]))
             if len(levels) > 1:
                 inner_G = totals(levels[1], levels[0])
-                if column.in_context_G is not None:  # one value is little, but its list is repeated
-                    inner_G = inner_G * np.where(column.in_context_G, self.counts_G, 1)
+                if in_context_G is not None:  # one value is little, but its list is repeated
+                    inner_G = inner_G * np.where(in_context_G, self.counts_G, 1)
                 values_G = values_G + inner_G
             if levels and rule.side == "user" and rule.width is None:
                 behaviors_G = np.maximum(behaviors_G, levels[0])
@@ -207,15 +204,15 @@ def joined(tables: Sequence[SentTable]) -> SentTable:
 
 
 class UnusableValueError(ValueError):
-    """Value number `place` of a column cannot be used: `why` says what it is and what it has to be."""
+    """Value number `place` of a column has a problem, which tells `told` after the value's place in the body."""
 
-    def __init__(self, place: int, why: str) -> None:
-        super().__init__(place, why)
-        self.place, self.why = place, why
+    def __init__(self, place: int, problem: Problem, *told: object) -> None:
+        super().__init__(place, problem, *told)
+        self.place, self.problem, self.told = place, problem, told
 
     def named(self, names: Names, column: str, levels: Sequence[Int64Array]) -> RequestError:
         """Make the error for the client; `levels`: the lengths of the lists around the value."""
-        return RequestError(f"{names.path(column, places_of(levels, self.place))} is {self.why}")
+        return RequestError(self.problem, names.path(column, places_of(levels, self.place)), *self.told)
 
 
 def places_of(levels: Sequence[Int64Array], place: int) -> list[int]:
@@ -235,7 +232,7 @@ def flatten(entries: Sequence[Any], rule: Rule, depth: int) -> tuple[Sequence[An
         return entries[0], np.array([len(entries[0])])
     if not set(map(type, entries)) <= {list}:
         place = next(place for place, entry in enumerate(entries) if type(entry) is not list)
-        raise UnusableValueError(place, f"{short_repr(entries[place])}, and has to be {expected(rule, depth)}")
+        raise UnusableValueError(place, Problem.UNFIT, short_repr(entries[place]), expected(rule, depth))
     lengths_M = np.fromiter(map(len, entries), np.int64, len(entries))
     return list(chain.from_iterable(entries)), lengths_M
 
@@ -297,8 +294,8 @@ def missing(columns: RequestColumns, absent: Sequence[str], names: Names, reques
     where = "" if request is None else names.where.format(request)
     labels = ", ".join(names.label(name, request or 0) for name in absent)
     if len(absent) == 1:
-        return RequestError(f"{where}{labels} is missing, expected {expected(columns.sources[absent[0]], 0)}")
-    return RequestError(f"{where}{len(absent)} columns are missing: {labels}")
+        return RequestError(Problem.NO_COLUMN, where, labels, expected(columns.sources[absent[0]], 0))
+    return RequestError(Problem.NO_COLUMNS, where, len(absent), labels)
 
 
 def sent_table(columns: RequestColumns, table: pa.Table) -> Steps[SentTable]:
@@ -312,7 +309,7 @@ def sent_table(columns: RequestColumns, table: pa.Table) -> Steps[SentTable]:
     try:
         check_types(table.schema, rules, _TABLE)
     except SchemaError as failure:
-        raise RequestError(str(failure)) from None
+        raise RequestError(*failure.args) from None
     found = dict[str, SentColumn]()
     for name, rule in rules.items():
         found[name] = _of_arrow(name, rule, table.column(name).combine_chunks(), names)
@@ -326,8 +323,7 @@ def _of_arrow(name: str, rule: Rule, array: Any, names: Names) -> SentColumn:
     for _ in range(rule.depth):
         if array.null_count:
             place = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
-            why = "null: write an empty list, or leave the row out"
-            raise UnusableValueError(place, why).named(names, name, levels)
+            raise UnusableValueError(place, Problem.NULL).named(names, name, levels)
         array, ends = unwrapped(array)
         levels = (*levels, np.diff(ends))
     if pa.types.is_dictionary(array.type):

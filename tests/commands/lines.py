@@ -1,10 +1,12 @@
-"""Wrong command lines, the exit code of each, and a word that its one message must have.
+"""Wrong command lines, the exit code of each, and the problem that its one message tells, or a word that it must have.
 
 Code 2: what was typed is wrong. Code 1: something else is. Words in braces are places of conftest.py. Numbers and
 choices that an option excludes have no lines here: test_every_command.py makes them from the options themselves.
 """
 
-from tests.commands.calls import HUGE
+from explorer.problems import Problem as ExplorerProblem
+from serving.problems import Problem as ServingProblem
+from tests.commands.calls import HUGE, Told
 
 MISSING = [
     *((line, 2, "no store at") for line in (
@@ -17,7 +19,7 @@ MISSING = [
         "jobs/refresh_features --images {emptydir} --store {missing}",
         "jobs/publish_vectors --model {model} --store images={missing}",
     )),
-    *((line, 2, "no published model") for line in (
+    *((line, 2, (ServingProblem.NO_MODEL, {"where": "{missing}"})) for line in (
         "jobs/score --model {missing} --samples {missing} --out {new}.parquet", "serving info {missing}",
         "serving check {missing}", "serving expire {missing}", "serving log {missing}", "serving use {missing} 1",
         "jobs/publish_vectors --model {missing}", "explorer --model {missing}",
@@ -228,34 +230,36 @@ OTHERS = [
     ("tools/real_logs frappe {emptydir} --out {new}", 1, "frappe.csv"),
 ]
 
-SERVING = [
+MODEL, NO_PEM = {"where": "{model}"}, {"where": "{garbage}", "reason": "it has no certificate"}
+AT_NO_SUCH_HOST, TLS = {"where": "--host nosuch.invalid --port 8080"}, "--tls-cert {garbage} --tls-key {garbage}"
+SERVING: list[tuple[str, int, Told]] = [
     ("serving info {pipe}", 2, "{pipe} is a file"),
-    ("serving info {model} --version 9", 2, "has no version 9; it has version 1"),
+    ("serving info {model} --version 9", 2, (ServingProblem.NO_VERSION, MODEL | {"version": 9, "known": "version 1"})),
     ("serving info {deepmodel}", 1, "too deep"),
-    ("serving check {model} --token-file {garbage}", 2, "give --url"),
-    ("serving check {model} --url http://127.0.0.1:1", 1, "does not answer"),
-    ("serving check {model} --url https://127.0.0.1:1 --ca {garbage}", 2, "--ca {garbage}: it has no certificate"),
+    ("serving check {model} --token-file {garbage}", 2, ServingProblem.NEEDS_SERVER),
+    ("serving check {model} --url http://127.0.0.1:1", 1, (ServingProblem.NO_ANSWER, {"where": "http://127.0.0.1:1"})),
+    ("serving check {model} --url https://127.0.0.1:1 --ca {garbage}", 2, (ServingProblem.UNUSABLE_CA, NO_PEM)),
     ("serving serve {model} --token-file {garbage}", 2, "{garbage} is not ASCII text"),
     ("serving log {listuse}", 1, "damaged"),
-    ("serving serve {model} --host nosuch.invalid", 1, "cannot listen on --host nosuch.invalid"),
-    ("serving serve {model} --tls-cert {empty}", 2, "{empty} cannot be used"),
-    ("serving serve {model} --tls-key {empty}", 2, "--tls-cert"),
-    ("serving use {model} 2", 2, "has no version 2"),
+    ("serving serve {model} --host nosuch.invalid", 1, (ServingProblem.CANNOT_LISTEN, AT_NO_SUCH_HOST)),
+    ("serving serve {model} --tls-cert {empty}", 2, (ServingProblem.UNUSABLE_PEM, {"where": "--tls-cert {empty}"})),
+    ("serving serve {model} --tls-key {empty}", 2, ServingProblem.KEY_WITHOUT_CERTIFICATE),
+    ("serving use {model} 2", 2, (ServingProblem.NO_VERSION, MODEL | {"version": 2})),
     ("jobs/export_model --run {run} --out {empty}", 2, "{empty} is a file"),
-    ("jobs/export_model --run {run} --out {samples}", 2, "files that do not belong to a model ("),
+    ("jobs/export_model --run {run} --out {samples}", 2, (ServingProblem.OTHER_FILES, {"where": "{samples}"})),
     ("jobs/publish_vectors --model {model} --store-version 1.5", 2, "--store-version"),
     ("jobs/publish_vectors --model {model} --store other={store}", 2, "the model has vectors of"),
     ("jobs/export_model --run {run} --out {new} --json foo://x", 2, "cannot write --json"),
 ]
 
 EXPLORER = [
-    ("explorer serve", 2, "nothing to show"),
+    ("explorer serve", 2, ExplorerProblem.NOTHING_GIVEN),
     ("explorer serve --images {emptydir} --token-file {garbage}", 2, "--token-file {garbage} is not ASCII text"),
-    ("explorer serve --images {emptydir} --tls-cert {garbage} --tls-key {garbage}", 2, "{garbage} cannot be used"),
+    (f"explorer serve --images {{emptydir}} {TLS}", 2, (ServingProblem.UNUSABLE_PEM, {"where": TLS})),
     ("explorer serve --images foo://x", 2, "foo:// cannot be opened"),
-    ("explorer serve --samples /proc/x", 2, "--samples /proc/x: there is no such folder"),
-    ("explorer export s3://bucket/pages --images {emptydir}", 2, "a folder of this machine"),
-    ("explorer export {script} --images {emptydir}", 2, "is not an earlier export"),
+    ("explorer serve --samples /proc/x", 2, (ExplorerProblem.NO_FOLDER, {"where": "--samples", "value": "/proc/x"})),
+    ("explorer export s3://bucket/x --images {emptydir}", 2, (ExplorerProblem.IS_ADDRESS, {"value": "s3://bucket/x"})),
+    ("explorer export {script} --images {emptydir}", 2, (ExplorerProblem.NOT_EXPORT, {"where": "{script}"})),
 ]
 
 PIPES = [
@@ -280,5 +284,5 @@ PIPES = [
 ]  # fmt: skip
 """A pipe in the place of a file: the command ends at once."""
 
-LINES: list[tuple[str, int, str]] = [*MISSING, *FEATURESTORE, *DASK_SUBMIT, *TRAINER, *JOBS, *SERVING, *EXPLORER]
+LINES: list[tuple[str, int, Told]] = [*MISSING, *FEATURESTORE, *DASK_SUBMIT, *TRAINER, *JOBS, *SERVING, *EXPLORER]
 LINES += [*OTHERS, *PIPES]

@@ -19,15 +19,18 @@ from explorer.errors import ExplorerError, NotHereError
 from explorer.html.query import Paging
 from explorer.html.site import NavItem, PageKind, Site, address, file_of, relative, script_json
 from explorer.places import Places
+from explorer.problems import Problem
 from explorer.server import COOKIE, HostGuard, LoginGuard, application, names_of
 from serving.http.limits import RefusedError
+from serving.problems import Problem as ServingProblem
 from tests.explorer.serving import client_of, serving
+from tests.raised import raises
 from tests.serving.http.processes import ROOT
 
 ERRORS: dict[str, tuple[Exception, int]] = {
-    "nothere": (NotHereError("no image 5 in snapshot 3"), 404),
-    "wrong": (ExplorerError("<b>that</b> does not work"), 400),
-    "limit": (RefusedError(408, "the body did not come"), 408),
+    "nothere": (NotHereError(Problem.NO_IMAGE_IN_SNAPSHOT, 5, 3), 404),
+    "wrong": (ExplorerError(Problem.NOT_KEY, "<b>that</b>"), 400),
+    "limit": (RefusedError(408, ServingProblem.LATE_BODY, 5), 408),
     "bug": (ValueError("a secret of a user"), 500),
 }
 
@@ -145,7 +148,7 @@ def test_the_first_page_has_the_questions_that_its_places_answer() -> None:
 def test_packages_that_are_missing_are_named_and_are_those_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     command.check_installed()
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "plotly" else object())
-    with pytest.raises(ExplorerError, match=r"\(plotly\).*crossmedia\[explorer\]"):
+    with raises(ExplorerError, Problem.NOT_INSTALLED, value="plotly"):
         command.check_installed()
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
@@ -257,7 +260,7 @@ def test_a_typed_token_opens_the_pages_by_a_cookie_that_scripts_and_other_sites_
 def test_a_wrong_token_says_so(guarded: TestClient, token: str) -> None:
     answer = guarded.post("/login", data={"token": token})
     assert answer.status_code == 401
-    assert "not a token of the server" in answer.text
+    assert Problem.OTHER_TOKEN in answer.text
     assert "set-cookie" not in answer.headers
 
 

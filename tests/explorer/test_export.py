@@ -12,8 +12,10 @@ from explorer.errors import ExplorerError
 from explorer.export import ExportedPages, export
 from explorer.html.site import LEFT_OUT
 from explorer.places import Places
+from explorer.problems import Problem
 from tests.explorer.world import HOSTILE, World
 from tests.faulty import full_from
+from tests.raised import raises
 
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
 
@@ -104,12 +106,12 @@ def test_an_export_replaces_an_export_whole_and_nothing_else(shop: World, tmp_pa
     _exported(places, out)
     assert not (out / "old.html").exists()
     before = (out / "index.html").read_text()
-    with full_from(1_000), pytest.raises(ExplorerError, match="File too large"):
+    with full_from(1_000), raises(ExplorerError, Problem.CANNOT_WRITE, where=out, reason="File too large"):
         _exported(places, out)
     assert (out / "index.html").read_text() == before
     other.mkdir()
     (other / "mine.txt").write_text("mine")
-    with pytest.raises(ExplorerError, match="not an earlier export"):
+    with raises(ExplorerError, Problem.NOT_EXPORT, where=other):
         _exported(places, other)
     assert (other / "mine.txt").read_text() == "mine"
     assert {each.name for each in tmp_path.iterdir()} == {"pages", "other"}

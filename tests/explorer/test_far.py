@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-import pytest
-
 from explorer.data.runs.comparing import read_evaluation
 from explorer.data.runs.curves import CurveReader
 from explorer.data.runs.folders import open_run, read_runs, run_names
 from explorer.errors import NotHereError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore import key_of_uri
 from featurestore.storage.storage import Storage
 from tests.explorer.serving import Reader
 from tests.explorer.stores import make_store, rows
 from tests.explorer.world import World
 from tests.pipeline.conftest import draw_photo, encode_image
+from tests.raised import raises
 from trainer.loop.summary import EventsFile
 
 
@@ -35,7 +35,8 @@ def test_store_and_pictures(s3_url: str) -> None:
     assert "Images 4" in texts["/store"].text
     assert {*texts["/store/arrived"].uris()} == {"a/1.jpg", "a/2.jpg", "a/3.jpg", "none.jpg"}
     assert "among all 4 images" in reader.read(f"/images/{key_of_uri('a/3.jpg')}").text
-    for uri, problem in (("a/3.jpg", None), ("none.jpg", "no picture"), ("../features/store.json", "refused")):
+    outside = "../features/store.json"
+    for uri, problem in (("a/3.jpg", None), ("none.jpg", Problem.NO_PICTURE), (outside, Problem.REFUSED)):
         assert reader.client.get("/picture", params={"uri": uri}).headers.get("x-picture-problem") == problem
 
 
@@ -51,7 +52,7 @@ def test_runs(world: World, s3_url: str, tmp_path: Path) -> None:
         assert (run.state, run.settings, run.report) == (mine.state, mine.settings, mine.report)
         assert run.has_evaluation
         assert read_evaluation(far.run(run.name)) == read_evaluation(near.run(run.name))
-    with pytest.raises(NotHereError):
+    with raises(NotHereError, Problem.NO_RUN, where="nothing"):
         open_run(far, "nothing")
 
     reader = CurveReader()

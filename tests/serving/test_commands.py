@@ -1,6 +1,7 @@
 """Commands info, log and use, as a person types them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,14 @@ import pytest
 
 from serving.__main__ import app
 from serving.network.served import ServedNetwork
+from serving.problems import Problem
 from tests.cli import said
+from tests.raised import told
 from tests.serving.bundle.conftest import flipped, forge, with_versions
 from tests.serving.scoring.variants import Exported, Variants
+
+DAMAGED = Problem.VERSION_DAMAGED
+VERSION_1 = {"version": 1, "hint": "; version 2 stays in use"}
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +84,16 @@ def test_use_refuses_what_is_damaged_by_name(url: str, made: Exported) -> None:
     path, vectors = folder / "ids-12.bin", folder / "vectors" / "texts"
     sound = path.read_bytes()
     path.write_bytes(flipped(sound, 0))
-    named = f"{path} is damaged: its sha256 is not the one in the manifest"
-    assert said(app, "use", url, 1, code=1) == f"error: version 1 of {url} is damaged; version 2 stays in use: {named}"
+    damaged = told(DAMAGED, **VERSION_1, where=url, reason=re.compile(rf"{path} is damaged: its sha256 .*"))
+    assert re.fullmatch(f"error: {damaged}", said(app, "use", url, 1, code=1))
     path.write_bytes(sound)
     (file,) = (vectors / "data").glob("*/*.parquet")
     (folder / "schema.yaml").unlink()
     file.write_bytes(file.read_bytes()[:-1])
-    assert f" {folder}/schema.yaml is missing {file} has " in said(app, "use", url, 1, code=1)
+    both = told(Problem.MISSING, where=folder / "schema.yaml") + " " + told(Problem.OTHER_SIZE, where=file)
+    assert re.search(f" {both}", said(app, "use", url, 1, code=1))
     shutil.rmtree(vectors / "log")
-    assert "vectors/texts has no snapshot" in said(app, "use", url, 1, code=1)
+    assert re.search(told(Problem.NO_SNAPSHOT, where=vectors), said(app, "use", url, 1, code=1))
     assert "version 2 (in use)" in said(app, "info", url)
 
 
@@ -109,13 +116,13 @@ def test_use_refuses_what_no_scorer_opens(url: str, made: Exported, change: dict
     ((part, fields),) = change.items()
     first, *others = json.loads(Path(url, "log", f"{1:020}.json").read_bytes())[part]
     forge(url, 1, **{part: [{**first, **fields}, *others]})
-    assert "; version 2 stays in use:" in said(app, "use", url, 1, code=1)
+    assert re.search(told(DAMAGED, **VERSION_1, where=url), said(app, "use", url, 1, code=1))
     assert "version 2 (in use)" in said(app, "info", url)
 
 
 def test_use_opens_the_network(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the one of these tests is no network
-    assert "network.pt2 is not a network as it was exported" in said(app, "use", url, 1, code=1)
+    assert re.search(told(Problem.NOT_NETWORK, where=re.compile(r"network\.pt2")), said(app, "use", url, 1, code=1))
     assert "version 2 (in use)" in said(app, "info", url)
 
 
@@ -124,7 +131,7 @@ def test_info_says_what_is_damaged(url: str, made: Exported, tmp_path: Path) -> 
     (folder / "ids-12.bin").write_bytes(b"half")
     shutil.rmtree(folder / "vectors" / "texts")
     text = said(app, "info", url, "--version", 1, "--json", tmp_path / "info.json", code=1)
-    assert f" damage {folder}/ids-12.bin has 4 bytes instead of " in text
+    assert re.search(f" damage {told(Problem.OTHER_SIZE, where=folder / 'ids-12.bin', value=4)}", text)
     assert f" damage no store at {folder}/vectors/texts" in text
     assert " vectors of texts damaged missing images " in text
     assert len(json.loads((tmp_path / "info.json").read_text())["damage"]) == 2

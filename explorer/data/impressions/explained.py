@@ -24,6 +24,7 @@ from explorer.data.impressions.open_runs import Logits, OpenedRun
 from explorer.data.snapshots import find_key, named
 from explorer.data.visual import feature_of_picture
 from explorer.errors import ExplorerError, NotHereError
+from explorer.problems import Problem
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
 
@@ -164,7 +165,7 @@ def explain(
     elif 0 <= ad < len(candidates):
         chosen = candidates[ad]
     else:
-        raise NotHereError(f"there is no ad {ad} in this group: it has {len(candidates)}, from 0 on")
+        raise NotHereError(Problem.NO_AD, ad, len(candidates))
     behaviors, weights = _behaviors(group, chosen.place, most_behaviors)
     return Explanation(
         group=group,
@@ -339,11 +340,11 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
     from trainer.runs.open import other_features
 
     if not looks:
-        raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
+        raise ExplorerError(Problem.SEES_NO_PICTURES, opened.name)
     names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
     for name in names:
         if other_features(store.info, opened.trained.saved.state, name):
-            raise ExplorerError(f"the run {opened.name} was trained on features of another kind than {store.url} has")
+            raise ExplorerError(Problem.OTHER_FEATURES, opened.name, store.url)
 
 
 def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Logits:
@@ -378,7 +379,7 @@ def score_chosen(group: SampleGroup, ad: int, picture: PictureName, store: str |
         snapshot = FeatureStore.open(store or opened.trained.config.data.store).snapshot()
         is_there = find_key(snapshot, picture.key) is not None
     if not is_there:
-        raise NotHereError("there is no image of that name in the store at the run's snapshot, so no score")
+        raise NotHereError(Problem.NO_IMAGE_OF_NAME)
     return with_other_pictures(group, ad, [picture])[0]
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from explorer.data.impressions.open_runs import OpenedRun
 from explorer.errors import NotHereError
+from explorer.problems import Problem
 from featurestore.format.datafile import is_text
 from featurestore.keys import key_of_uri
 
@@ -55,7 +56,7 @@ def place_of(index: "SampleIndex", number: int) -> GroupPlace:
         if 0 <= left < row_group.num_groups:
             return GroupPlace(row_group, left)
         left -= row_group.num_groups
-    raise NotHereError(f"there is no sample group {number}: the samples have {index.num_groups:,}, from 0 on")
+    raise NotHereError(Problem.NO_GROUP, number, index.num_groups)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class GroupColumns:
         if place.row >= table.num_rows:
             from trainer.errors import DataError
 
-            raise DataError(f"{index.storage.full(place.row_group.file)} has changed: open the page again")
+            raise DataError(Problem.CHANGED, index.storage.full(place.row_group.file))
         table = plain(table.slice(place.row, 1))
         return SampleGroup(
             self, number, place, table.select([n for n in table.column_names if n in self.sources]), table

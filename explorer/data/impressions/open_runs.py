@@ -18,6 +18,7 @@ from explorer.data.cache import LruCache
 from explorer.data.runs.folders import RunSummary, trained_runs
 from explorer.errors import ExplorerError, NotHereError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.published.paths import RunPath
 from trainer.config import load_saved
 from trainer.errors import DataError
@@ -150,7 +151,7 @@ class TrainedRuns:
     def check(self, name: str) -> None:
         """Raise NotHereError if there is no such run; a small read."""
         if not (self._places.run(name) / "config.yaml").is_file():
-            raise NotHereError(f"there is no run {name[:60]!r}")
+            raise NotHereError(Problem.NO_RUN, name[:60])
 
     def is_open(self, name: str, at: At = "trained") -> bool:
         """Return whether the run is open already."""
@@ -218,4 +219,4 @@ def _digest_of(folder: RunPath, name: str) -> str:
     try:
         return read_run(folder).digest
     except OSError as error:
-        raise ExplorerError(f"the run {name[:60]!r} cannot be read: {error.strerror}") from error
+        raise ExplorerError(Problem.UNREADABLE_RUN, name[:60], error.strerror) from error

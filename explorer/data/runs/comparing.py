@@ -16,6 +16,7 @@ from explorer.data.cache import LruCache
 from explorer.data.runs.folders import ORDER, RunFacts
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.errors import StorageError, UserError
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
@@ -195,9 +196,9 @@ def read_evaluation(run: RunPath) -> EvaluationReport | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise ExplorerError(f"{file} is not an evaluation of this version: {first_mistake(error)}") from error
+        raise ExplorerError(Problem.NOT_EVALUATION, file, first_mistake(error)) from error
     except (OSError, StorageError, ValueError) as error:
-        raise ExplorerError(f"{file} cannot be read: {error}") from error
+        raise ExplorerError(Problem.UNREADABLE, file, error) from error
 
 
 @lru_cache(maxsize=64)
@@ -248,16 +249,14 @@ def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
 
     index = open_test(SoloComm(), saved.config, saved.schema, places.samples)
     if index.num_samples > MOST_IMPRESSIONS:
-        raise TooMuchError(
-            f"there are {index.num_samples:,} test impressions; a page predicts at most {MOST_IMPRESSIONS:,}"
-        )
+        raise TooMuchError(Problem.TOO_MANY_IMPRESSIONS, index.num_samples, MOST_IMPRESSIONS)
     commits: list[Any] = []
     for place in saved.places:
         url = store if store is not None and place.setting == "data.store" else place.url
         version = None if url == store else saved.state.version_of(place.name)
         snapshot = FeatureStore.open(url).snapshot(version)
         if snapshot.num_rows > MOST_IMAGES:
-            raise TooMuchError(f"{url} has {snapshot.num_rows:,} images; a page predicts with at most {MOST_IMAGES:,}")
+            raise TooMuchError(Problem.TOO_MANY_IMAGES, url, snapshot.num_rows, MOST_IMAGES)
         commits.append([snapshot.info.store_id, snapshot.manifest.commit_id, snapshot.version])
     root = Path(index.storage.url)
     files = sorted({each.file for each in index.row_groups}) if root.is_dir() else []
@@ -381,7 +380,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
             task.tell(f"compares {quoted(name)} with {quoted(names[0])}", done, len(names))
             differences = _differences(ours, baseline, resamples)
         except CheckpointNotFoundError:
-            problems[name] = "it has no checkpoint yet"
+            problems[name] = Problem.NO_CHECKPOINT.of()
             continue
         except UserError as error:
             problems[name] = one_line(error)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from explorer.data.cache import LruCache
 from explorer.errors import NotHereError
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.errors import StorageError, UserError
 from featurestore.parsing import parse_json, parse_yaml
 from featurestore.published.paths import RunPath, read_file, run_path
@@ -163,7 +164,7 @@ def open_run(places: Places, name: str) -> RunPath:
     except (OSError, ValueError, UserError):
         is_run = False
     if not is_run:
-        raise NotHereError(f"there is no run {name[:60]!r}")
+        raise NotHereError(Problem.NO_RUN, name[:60])
     return folder
 
 
@@ -211,7 +212,7 @@ def _report(folder: RunPath) -> Mapping[str, Any]:
 
     report = report_of(folder) or {}
     if not isinstance(report, dict):
-        raise ValueError(f"{folder / 'report.json'} is not a report of a run")
+        raise ValueError(Problem.NOT_REPORT.of(folder / "report.json"))
     devices = report.get("devices")
     shown = {name: _number_or_none(report[name]) for name in _NUMBERS if name in report}
     return {**report, **shown, "devices": [*map(str, devices)] if isinstance(devices, list) else []} if report else {}
@@ -262,10 +263,10 @@ def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
     """Read a saved configuration like the trainer, without its checks; about 10 ms."""
     try:
         if size_bytes > _MOST_CONFIG_BYTES:
-            raise ValueError(f"config.yaml has {size_bytes:,} bytes; a run writes at most {_MOST_CONFIG_BYTES:,}")
+            raise ValueError(Problem.LARGE_CONFIG.of(size_bytes, _MOST_CONFIG_BYTES))
         loaded = parse_yaml(read_file(file).decode(), aliases=False)
         if not isinstance(loaded, dict):
-            raise ValueError("config.yaml is not a configuration of a run")
+            raise ValueError(Problem.NOT_CONFIG.of())
         return _SavedSettings({**_defaults(), **dict(flat(loaded))}, "")
     except (UserError, ValueError) as error:
         return _SavedSettings({}, one_line(error))

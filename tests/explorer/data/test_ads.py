@@ -16,6 +16,7 @@ from explorer.data import ads
 from explorer.data.ads import ad_figures, begin, count_ads, nothing_known
 from explorer.data.background import Background, Task
 from explorer.places import Places
+from explorer.problems import Problem
 from tests.explorer.world import World
 from trainer.comm import SoloComm
 from trainer.runs.saved import read_run
@@ -96,7 +97,7 @@ def test_categories_are_named_as_the_logs_name_them(world: World, tmp_path: Path
 
 def test_without_runs_or_samples_nothing_is_known_and_it_says_why(world: World, tmp_path: Path) -> None:
     with closing(Background()) as background:
-        assert "name runs by --runs" in begin(Places(store=str(world.store)), background).result().note
+        assert begin(Places(store=str(world.store)), background).result().note == Problem.NEEDS_RUNS
         (tmp_path / "empty").mkdir()
         found = begin(world.places(samples=tmp_path / "empty"), background).result()
         assert found.note.startswith("CTR cannot be shown: ")

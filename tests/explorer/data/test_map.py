@@ -10,6 +10,7 @@ import pytest
 from explorer.data import map as maps
 from explorer.data.background import Task
 from explorer.data.map import MapPoints, evenly, make_map
+from explorer.problems import Problem
 from featurestore import FeatureStore
 from tests.explorer.world import World
 from trainer.evaluation.predict import predict_run
@@ -45,7 +46,7 @@ def test_large_stores_are_sampled_evenly_and_samples_that_are_away_are_told(
     some = make_map(world.places(samples=tmp_path / "empty"), "both", Task())
     assert len(some.keys_N) == 10
     assert some.about["num_images"] == FeatureStore.open(world.store).snapshot().num_rows
-    assert some.about["notes"][0].startswith("CTR cannot be shown: ")
+    assert some.about["notes"][0].startswith(Problem.NO_CTR.of(""))
     assert np.isnan(some.ctr_N).all()
     assert evenly(1000, 10).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
     assert evenly(3, 10).tolist() == [0, 1, 2]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from explorer.data import pictures as module
 from explorer.data.pictures import SIZES, Pictures, placeholder
+from explorer.problems import Problem
 from tests.explorer.world import draw
 from tests.pipeline.conftest import draw_photo, encode_image
 
@@ -51,7 +52,7 @@ def test_nothing_but_a_picture_below_the_place_is_given(folder, tmp_path, uri):
     os.mkfifo(folder / "pipe")
     pictures = Pictures(str(folder))
     found = pictures.get(uri, 96)
-    assert found.problem in ("no picture", "refused", "broken")
+    assert found.problem in (Problem.NO_PICTURE, Problem.REFUSED, Problem.BROKEN)
     assert size_of(found) == (96, 96)
 
 
@@ -71,8 +72,8 @@ def test_a_place_on_an_object_store_gives_what_is_below_it():
     for uri in ("a/1.jpg", "memory://pictures-of-test/a/1.jpg"):
         assert pictures.get(uri, 96).problem == ""
     refused = "../other-of-test/2.jpg", "/other-of-test/2.jpg", "a/../1.jpg", "..", "memory://other-of-test/2.jpg"
-    assert all(pictures.get(uri, 96).problem == "refused" for uri in refused)
-    assert pictures.get("a/none.jpg", 96).problem == "no picture"
+    assert all(pictures.get(uri, 96).problem == Problem.REFUSED for uri in refused)
+    assert pictures.get("a/none.jpg", 96).problem == Problem.NO_PICTURE
 
 
 def test_a_far_picture_is_read_once_a_minute(monkeypatch):
@@ -94,9 +95,9 @@ def test_a_file_that_is_replaced_gives_the_new_picture(folder):
     draw(folder, "b.png", 99)
     assert pictures.get("b.png", 96).jpeg != before
     (folder / "b.png").write_bytes(b"no picture")
-    assert pictures.get("b.png", 96).problem == "broken"
+    assert pictures.get("b.png", 96).problem == Problem.BROKEN
     (folder / "b.png").unlink()
-    assert pictures.get("b.png", 96).problem == "no picture"
+    assert pictures.get("b.png", 96).problem == Problem.NO_PICTURE
 
 
 def test_memory_has_a_limit_and_what_was_used_last_stays(folder, monkeypatch):
@@ -112,9 +113,9 @@ def test_memory_has_a_limit_and_what_was_used_last_stays(folder, monkeypatch):
 
 def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
-    assert Pictures(str(folder)).get("a/1.jpg", 96).problem == "broken"
+    assert Pictures(str(folder)).get("a/1.jpg", 96).problem == Problem.BROKEN
     fsspec.filesystem("memory").pipe_file("/large-of-test/1.jpg", encode_image(draw_photo(1)))
-    assert Pictures("memory://large-of-test").get("1.jpg", 96).problem == "broken"
+    assert Pictures("memory://large-of-test").get("1.jpg", 96).problem == Problem.BROKEN
 
 
 def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkeypatch):
@@ -142,4 +143,4 @@ def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkey
 
 def test_without_a_place_every_picture_is_grey():
     for size in SIZES:
-        assert Pictures(None).get("a.jpg", size) == placeholder("no picture", size)
+        assert Pictures(None).get("a.jpg", size) == placeholder(Problem.NO_PICTURE, size)

@@ -11,12 +11,14 @@ import pytest
 
 from explorer.data import visual
 from explorer.pages import images as pages
+from explorer.problems import Problem
 from featurestore import FeatureStore, key_of_uri
 from featurestore.text import count_text
 from featurestore.upkeep.remake import remake
 from tests.explorer.serving import Reader, Reading, client_of
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
+from tests.raised import told
 
 
 @pytest.fixture
@@ -66,12 +68,14 @@ def test_a_broken_image_has_a_page_and_one_that_is_not_in_the_snapshot_has_none(
     broken = reader.read(f"/images/{key_of_uri(BROKEN)}")
     assert "not in snapshot 5: cannot be decoded" in broken.text
     assert "Nearest neighbours" not in broken.text
-    assert "neither in snapshot 1 nor" in reader.read(f"/images/{key_of_uri(ADDED[0])}", 404, version=1).text
-    assert "no image has the key" in reader.read(f"/images/{key_of_uri(UNKNOWN)}", 404).text
+    for uri, version in ((ADDED[0], 1), (UNKNOWN, 5)):
+        missing = Problem.NO_IMAGE_IN_SNAPSHOT.of(key := key_of_uri(uri), version)
+        assert missing in reader.read(f"/images/{key}", 404, version=version).text
     for large in ("9" * 25, f"-{'9' * 25}", "9" * 5_000):
-        assert f"no image has the key {large[:40]}" in reader.read(f"/images/{large}", 404).text
+        assert Problem.NO_IMAGE.of(large[:40]) in reader.read(f"/images/{large}", 404).text
     for bad in ("x", "1.5", "%20", "-"):
-        assert "not a whole number" in reader.read(f"/images/{bad}", 400).text
+        found = reader.read(f"/images/{bad}", 400).text
+        assert re.search(told(Problem.NOT_WHOLE, where="key", value=bad.replace("%20", " ")), found)
 
 
 def test_neighbours_by_features_and_visual_vectors(everything, reader):
@@ -84,7 +88,7 @@ def test_neighbours_by_features_and_visual_vectors(everything, reader):
     assert "ids-only" not in page.text
     assert "/impressions?q=shoes%2Fshoe-03.jpg" in page.links
     for run in ("ids-only", "../both"):
-        assert "no run" in everything.read(f"/images/{key}", 404, run=run).text
+        assert Problem.NO_RUN_OF_IMAGES.of(run) in everything.read(f"/images/{key}", 404, run=run).text
     page = reader.read(f"/images/{key}")
     assert "name the folder of runs by --runs" in page.text and "only here" not in page.text
     assert not [link for link in page.links if "impressions" in link]
@@ -149,7 +153,7 @@ def test_a_store_without_pictures_and_an_empty_one_have_the_pages(shop, tmp_path
     assert "a picture of yours cannot be compared" in reader.read("/images").text
     answer = send(reader, (shop.images / PLAIN[0]).read_bytes())
     assert answer.status_code == 400
-    assert "does not say which network" in Reading(answer.text).text
+    assert Problem.UNKNOWN_NETWORK in Reading(answer.text).text
     reader = Reader(store=make_store(tmp_path / "empty").url)
     assert "no images yet" in reader.read("/images").text
     assert "0 found" in reader.read("/images", q="x").text
@@ -187,12 +191,12 @@ def test_of_a_compact_store_a_picture_gets_the_coordinates_of_its_rows(shop, tmp
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (picture(b""), "no picture was sent"),
+        (picture(b""), Problem.NOTHING_SENT),
         (picture(b"<script>alert(1)</script>"), "not an image of a known format"),
         (picture(b"\xff\xd8\xff" + bytes(100)), "cannot be decoded"),
-        (picture(bytes(11_000_000)), "more than 10 MB"),
-        ({"data": {"picture": "x"}}, ""),
-        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, ""),
+        (picture(bytes(11_000_000)), Problem.LARGE_PICTURE.of(10)),
+        ({"data": {"picture": "x"}}, Problem.NOT_FORM),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, Problem.UNREADABLE_FORM.of("")),
     ],
     ids=["nothing", "a script", "half a JPEG", "too large", "a text", "no form"],
 )
@@ -200,7 +204,7 @@ def test_what_is_no_picture_or_too_large_is_refused(reader, sent, message):
     answer = reader.client.post("/images/like", **sent)
     assert answer.status_code == 400
     assert message in Reading(answer.text).text
-    assert "a picture has to be sent: choose one on the page Images" in reader.read("/images/like", 405).text
+    assert Problem.NOT_SENT in reader.read("/images/like", 405).text
 
 
 def test_images_are_filtered_and_sorted_over_all_shards(everything, reader):
@@ -211,9 +215,10 @@ def test_images_are_filtered_and_sorted_over_all_shards(everything, reader):
     new = everything.read("/images", new="yes").uris()
     assert {*new} == {*ADDED, COPY}
     assert everything.read("/images", sort="new").uris()[: len(new)] == new
-    assert "name runs by --runs" in reader.read("/images", sort="ctr").text
-    for bad in ({"sort": "x"}, {"new": "perhaps"}):
-        assert "is not one of" in everything.read("/images", 400, **bad).text
+    assert Problem.NEEDS_RUNS in reader.read("/images", sort="ctr").text
+    for name, bad in (("sort", "x"), ("new", "perhaps")):
+        unknown = told(Problem.UNKNOWN_CHOICE, where=name, value=bad)
+        assert re.search(unknown, everything.read("/images", 400, **{name: bad}).text)
 
 
 def test_a_filter_stays_on_the_next_page_and_in_the_form(everything, monkeypatch):
@@ -281,7 +286,7 @@ def test_pictures_wait_for_each_other_and_after_a_while_for_none(reader, shop, m
             impatient.setattr(pages, "_BUSY_S", 0.05)
             busy = send(reader, data)
         assert (busy.status_code, first.done()) == (503, False)
-        assert "try again" in Reading(busy.text).text
+        assert Problem.BUSY in Reading(busy.text).text
         second = pool.submit(send, reader, data)
         time.sleep(0.3)  # it waits for the first one
         goes_on.set()

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from explorer.data.impressions import impression_list
 from explorer.data.impressions.open_runs import OpenedRun
 from explorer.places import Places
+from explorer.problems import Problem
 from featurestore.format.datafile import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
@@ -109,13 +110,14 @@ def test_a_picture_is_typed(pages: TestClient, run: str, typed: str, is_known: b
     text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "wait": "why"}).text
     own = own_of(text)
     assert (bool(re.search(r"[\d.]+ %", own)), own != "") == (is_known, is_known)
-    assert ("no image of that name in the store" in text) == (not is_known) and "missing image" not in own
+    assert (Problem.NO_IMAGE_OF_NAME in html.unescape(text)) == (not is_known) and "missing image" not in own
     assert html.escape(typed) in text or is_known
     assert "<script>alert" not in text
 
 
 def test_sentences(pages: TestClient) -> None:
-    assert "ad 'abc' is not a whole number" in html.unescape(pages.get("/impressions/both/3?ad=abc&wait=why").text)
+    wrong = html.unescape(pages.get("/impressions/both/3?ad=abc&wait=why").text)
+    assert Problem.NOT_WHOLE.of("ad", "abc", 0) in wrong
     text = pages.get("/impressions/both/3?ad=1&wait=why").text
     assert '<form method="get" action="/impressions/both/3#another-picture">' in text
     assert "Effect of the removed part</th>" in text
@@ -172,7 +174,7 @@ def test_a_part_tells_what_went_wrong_as_htmx_shows_it(pages: TestClient) -> Non
     answer = pages.get("/impressions/both/80?wait=why", headers={"HX-Request": "true"})
     assert answer.headers["HX-Reselect"] == "[role=alert]"
     assert answer.status_code == 200
-    assert "there is no sample group 80" in answer.text
+    assert Problem.NO_GROUP.of(80, 80) in answer.text
 
 
 def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone
         before = look_of(page_of(known))
         feature_1D = store.snapshot().codec.decode(store.snapshot().get([known]))
         store.put(FeatureRows.of(["new.jpg"], feature_1D, keys=np.array([key_of_uri("new.jpg")])))
-        assert "no image of that name in the store" in page_of("new.jpg")
+        assert Problem.NO_IMAGE_OF_NAME in html.unescape(page_of("new.jpg"))
         assert look_of(page_of("new.jpg", snapshot="newest")) == look_of(page_of(known)) == before != ""
     expire(store, keep_last=1, keep_days=0, grace_days=0)
     with client_of(places) as client:

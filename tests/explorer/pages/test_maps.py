@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from explorer.data.map import make_map
 from explorer.html.site import Site
 from explorer.places import Places
+from explorer.problems import Problem
 from explorer.server import application
 from featurestore import FeatureRows, FeatureStore
 from tests.explorer.serving import client_of, whole
@@ -119,7 +120,7 @@ def test_a_run_is_chosen_that_sees_images(pages: TestClient, tmp_path: Path) -> 
     assert 'aria-current="true">run both</a>' in html
     assert "run=ids-only" not in html
     blind = whole(pages, "/map?run=ids-only&wait=map")
-    assert "has no E for images, so no map; choose another run" in blind
+    assert Problem.NO_IMAGES.of("ids-only") in blind
     assert "--" not in blind.partition("<main")[2]
     assert "nothing to lay out" in client_of(Places(runs=str(tmp_path))).get("/map").text
 
@@ -145,7 +146,7 @@ def test_of_several_contents_each_has_its_map(world: World, tmp_path: Path) -> N
             spots.append(pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist())
         assert len(spots) == 2 and spots[0] != spots[1]
         other = whole(pages, "/map?run=two&network=x&wait=map")
-        assert "has no content &#39;x&#39;; it has images, ads" in other
+        assert Problem.NO_CONTENT.of("two", "x", "images, ads") in unescape(other)
     frozen = Site(places, frozen=True)
     with TestClient(application(frozen)) as pages:
         assert "hx-" not in pages.get("/map").text

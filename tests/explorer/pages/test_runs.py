@@ -13,9 +13,12 @@ from starlette.testclient import TestClient
 from explorer.data.runs.folders import read_runs
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from explorer.problems import Problem
+from serving.problems import Problem as ServingProblem
 from tests.cli import invoke
 from tests.explorer.serving import client_of, whole
 from tests.explorer.world import World
+from tests.raised import told
 from trainer.loop.summary import EventsFile
 from trainer.main import app as main
 from trainer.runs.folder import DAYS_FILE
@@ -39,7 +42,7 @@ def own_runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     shutil.copytree(world.runs, runs)
 
     def not_measured(*_: object) -> None:
-        raise ExplorerError("it is not measured here")
+        raise ExplorerError(Problem.NO_CHECKPOINT)
 
     with pytest.MonkeyPatch.context() as patch, client_of(world.places(runs=runs)) as client:
         patch.setattr("explorer.pages.runs.compare_runs", not_measured)
@@ -79,7 +82,7 @@ def test_the_list_is_sorted_by_any_of_its_columns(pages: TestClient, world: Worl
         best_first = [run.name for run in sorted(known, key=lambda run: sign * (run.metrics[metric] or 0.0))]
         assert names[f"/runs?sort={metric}"][: len(known)] == best_first
     assert 'aria-sort="descending">AUC</th>' in page(pages, "/runs?sort=auc")
-    assert "no setting of a run" in page(pages, "/runs?sort=nosuch", 400)
+    assert re.search(told(Problem.UNKNOWN_SORT, value="nosuch"), unescape(page(pages, "/runs?sort=nosuch", 400)))
 
 
 def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient, world: World) -> None:
@@ -220,7 +223,7 @@ def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: P
     assert "gauc_impressions" not in text
     assert "Model</a>" in page(client, "/")
     shutil.rmtree(model)
-    assert "has no published model" in page(client, "/model", 400)
+    assert ServingProblem.NO_MODEL.of(model) in page(client, "/model", 400)
 
 
 def test_further_pairs_are_linked(own_runs: tuple[TestClient, Path]) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from explorer.problems import Problem
 from featurestore.keys import key_of_uri
 from featurestore.staging import QuarantineRow
 from featurestore.upkeep.compaction import compact
@@ -15,6 +16,7 @@ from featurestore.upkeep.history import move_channel, pin
 from tests.explorer.serving import Reader
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, CHANGED, COPY, HOSTILE, NO_IMAGE, PLAIN, REMOVED
+from tests.raised import told
 
 PAGES = ("/store", "/store/arrived", "/store/broken")
 
@@ -56,12 +58,12 @@ def test_what_arrived_is_asked_for_by_time_and_the_form_keeps_it(reader):
     assert 'type="datetime-local" step="1" value="2999-11-28T00:00:00"' in html
     for until in ("2026-11-01", "2026-11-27"):
         page = reader.read("/store/arrived", 400, since="2026-11-27", until=until)
-        assert f"until {until} is not later than since 2026-11-27" in page.text
+        assert Problem.NOT_LATER.of(until, "2026-11-27") in page.text
 
 
 def test_a_snapshot_of_any_number_is_not_there_and_one_row_is_one(reader, tmp_path):
-    assert f"there is no snapshot {'9' * 26}" in reader.read(f"/store/snapshots/{'9' * 26}", 404).text
-    assert "not a whole number" in reader.read("/store/snapshots/-1", 400).text
+    assert Problem.NONE_OF_NUMBER.of("snapshot", "9" * 26) in reader.read(f"/store/snapshots/{'9' * 26}", 404).text
+    assert Problem.NOT_WHOLE.of("snapshot", "-1", 0) in reader.read("/store/snapshots/-1", 400).text
     store = make_store(tmp_path / "one")
     store.put(rows(["a.jpg"], 1))
     assert "1 row and 0 tombstones in new files" in Reader(store=store.url).read("/store/snapshots/1").text
@@ -82,7 +84,7 @@ def test_every_page_is_also_of_an_older_snapshot_and_says_so(reader, path):
     assert len(inside) >= 3
     assert all("version=1" in link or "since=" in link for link in inside)
     assert "has no snapshot 99" in reader.read(path, 404, version=99).text
-    assert "not a whole number" in reader.read(path, 400, version="1;2").text
+    assert Problem.NOT_WHOLE.of("version", "1;2", 0) in reader.read(path, 400, version="1;2").text
 
 
 def test_channels_name_snapshots(tmp_path):
@@ -96,7 +98,7 @@ def test_channels_name_snapshots(tmp_path):
     link = f"/images/{key_of_uri('b/0.jpg')}?version=candidate"
     assert link in reader.read("/images", q="b/0", version="candidate").links
     assert "no channel 'gone'" in reader.read("/store", 404, version="gone").text
-    assert "neither a whole number nor a channel" in reader.read("/store", 400, version="<i>").text
+    assert Problem.NOT_VERSION.of("<i>") in reader.read("/store", 400, version="<i>").text
 
 
 def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing(tmp_path):
@@ -137,7 +139,7 @@ def test_a_store_that_changes_is_shown_as_it_is_now(tmp_path):
     assert "Images 1" in reader.read("/store", version=1).text
     assert "i" not in reader.read("/store/broken").elements
     store.delete([key_of_uri("a")])
-    assert "neither in snapshot 4" in reader.read(image, 404).text
+    assert re.search(told(Problem.NO_IMAGE_IN_SNAPSHOT, version=4), reader.read(image, 404).text)
 
 
 def test_damaged_files_are_a_sentence_on_the_page(tmp_path):

@@ -14,7 +14,9 @@ from serving.bundle.log import BundleExpireReport, expire, remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError, BundleNotFoundError
+from serving.problems import Problem
 from tests.cli import invoke
+from tests.raised import raises
 from tests.serving.bundle.conftest import forge, versions_there, with_versions
 from tests.serving.scoring.variants import Exported, Variants
 
@@ -67,7 +69,7 @@ def test_old_versions_go_with_their_files(versions: Versions, tmp_path: Path) ->
     assert bundle.manifest.version == 3
     bundle.close()
     assert versions.expire().expired == ()
-    with pytest.raises(BundleNotFoundError, match=r"has no version 2; it has versions 3, 4"):
+    with raises(BundleNotFoundError, Problem.NO_VERSION, where=versions.folder, version=2, known="versions 3, 4"):
         log.use(versions.storage, 2)
 
 
@@ -161,7 +163,7 @@ def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatc
         return found
 
     monkeypatch.setattr(log, "read_version", overtaken)
-    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* removed by an expiry, or was at this moment"):
+    with raises(BundleNotFoundError, Problem.BEING_REMOVED, where=versions.folder, version=1):
         log.use(versions.storage, 1)
     assert log.version_in_use(versions.storage) == 4
 
@@ -210,7 +212,7 @@ def test_what_a_killed_expiry_marked_is_refused_for_a_day(versions: Versions, mo
         patch.setattr(Storage, "delete", killed)
         versions.expire()
     assert versions.there == [1, 2, 3, 4]
-    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* is being removed by an expiry"):
+    with raises(BundleNotFoundError, Problem.BEING_REMOVED, where=versions.folder, version=1):
         log.use(versions.storage, 1)
     assert log.version_in_use(versions.storage) == 4, "the choice is undone"
     versions.expire(keep_last=4)

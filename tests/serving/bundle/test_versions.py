@@ -3,6 +3,7 @@ are the trainer's."""
 
 import json
 import os
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +28,9 @@ from serving.bundle.log import BundleIdentity, expire, remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
+from serving.problems import Problem
 from tests.faulty import full_from
+from tests.raised import raises
 from tests.serving.bundle.conftest import export, flipped, no_network, versions_there
 from tests.serving.scoring.variants import Exported, Variants
 from tests.trainer.conftest import Places
@@ -86,7 +89,7 @@ def test_exports_are_numbered_and_use_goes_back_and_forth(url: str, made: Export
 
 def test_a_model_without_a_choice_says_how_one_is_made(url: str) -> None:
     shutil.rmtree(f"{url}/use")
-    with pytest.raises(BundleNotFoundError, match=r"no version of .* is in use; it has version 1: choose one"):
+    with raises(BundleNotFoundError, Problem.NO_CHOICE, where=url, known="version 1"):
         ModelVersion.open(url)
 
 
@@ -100,7 +103,7 @@ def test_a_feature_store_is_no_place_for_a_model(made: Exported, tmp_path: Path)
         lambda: ModelVersion.open(url, 1),
         lambda: log.use(Storage(url), 1),
     ):
-        with pytest.raises(BundleNotFoundError, match="is a feature store, not a model"):
+        with raises(BundleNotFoundError, Problem.IS_STORE, where=url):
             refused()
     assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
     assert FeatureStore.open(url).snapshot().num_rows
@@ -111,7 +114,7 @@ def test_a_run_is_found_from_any_folder_and_is_no_model(
 ) -> None:
     monkeypatch.chdir(made.run.parent)
     assert export(tmp_path / "model", Path(made.run.name)).run == str(made.run)
-    with pytest.raises(BundleNotFoundError, match="is a run, not a published model; publish it with"):
+    with raises(BundleNotFoundError, Problem.IS_RUN, where=made.run):
         log.read_version(Storage(made.run))
 
 
@@ -126,10 +129,10 @@ def test_each_file_is_verified(url: str, made: Exported, tmp_path: Path) -> None
             with pytest.raises(BrokenBundleError, match=rf"{path.name} is damaged: its sha256"):
                 open_bundle(url, tmp_path) if is_opened else ModelVersion.open(url).files.path(path.name)
         path.write_bytes(data[:-1])
-        with pytest.raises(BrokenBundleError, match=rf"{path.name} has .* bytes instead of"):
+        with raises(BrokenBundleError, Problem.OTHER_SIZE, where=path, value=len(data) - 1, wanted=len(data)):
             ModelVersion.open(url).files.path(path.name)
         path.unlink()
-        with pytest.raises(BrokenBundleError, match=rf"{path.name} is missing"):
+        with raises(BrokenBundleError, Problem.MISSING, where=path):
             ModelVersion.open(url).files.path(path.name)
         path.write_bytes(data)
     open_bundle(url, tmp_path)
@@ -145,7 +148,7 @@ def test_a_damaged_manifest_or_choice_is_refused(url: str, tmp_path: Path) -> No
                 open_bundle(url, tmp_path)
         path.write_bytes(data)
     shutil.copy(Path(url, "log", f"{1:020}.json"), Path(url, "log", f"{2:020}.json"))
-    with pytest.raises(BrokenBundleError, match=r"2\.json is the manifest of version 1"):
+    with raises(BrokenBundleError, Problem.OTHER_MANIFEST, where=re.compile(r"2\.json$"), version=1):
         open_bundle(url, tmp_path, 2)
 
 
@@ -168,7 +171,7 @@ def test_damaged_vectors_and_a_store_of_them_that_was_made_anew_are_refused(
         open_bundle(url, tmp_path)
     other = export(tmp_path / "other", made.run)
     shutil.copytree(tmp_path / "other" / other.folder / "vectors" / "images", vectors)
-    with pytest.raises(BrokenBundleError, match="is not the vectors store that was exported"):
+    with raises(BrokenBundleError, Problem.OTHER_VECTORS, where=vectors):
         open_bundle(url, tmp_path)
 
 
@@ -279,10 +282,10 @@ def test_old_versions_go_and_what_is_damaged_is_found(exact: Exported, s3_url: s
     sample = f"{first.folder}/sample.parquet"
     storage.write_bytes(sample, storage.read_bytes(sample)[:-1] + b"x")
     assert find_damage(storage, first) == []
-    with pytest.raises(BrokenBundleError, match=rf"{storage.full(sample)} is damaged: its sha256 is not the one"):
+    with raises(BrokenBundleError, Problem.OTHER_DIGEST, where=storage.full(sample)):
         Bundle.open(url, 1).files.path("sample.parquet")
     storage.delete(sample)
-    with pytest.raises(BrokenBundleError, match=r"sample\.parquet is missing"):
+    with raises(BrokenBundleError, Problem.MISSING, where=storage.full(sample)):
         Bundle.open(url, 1).files.path("sample.parquet")
     report = expire(storage, keep_last=1, keep_days=0, grace_days=0)
     assert (report.kept, report.expired) == ((2,), (1,))

@@ -4,6 +4,7 @@ answers: hot switch, warm-up and refusal of broken versions.
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -24,14 +25,16 @@ from serving.http.codec import ARROW, JSON
 from serving.http.limits import RefusedError
 from serving.http.live import LiveModel, warm_up
 from serving.http.metrics import ServingMetrics
+from serving.problems import Problem
 from serving.scoring.request import RequestColumns, Scored
 from tests.fuzz.mutate import stream_of
+from tests.raised import raises, told
 from tests.serving.http.fakes import FakeModel, FakeSource, client_of, figures_of, scoring_of, write_state
 from trainer.schema.fields import load_schema
 
 pytestmark = pytest.mark.anyio
 
-TOKEN = "0123456789abcdef0123"
+TOKEN, GZIP, FIRST = "0123456789abcdef0123", {"content-encoding": "gzip"}, "candidates.ad_item[0]"
 ONE = {"user": {"user": 1, "behavior_item": [4, 5]}, "candidates": {"ad_item": [1, 2, 2000]}}
 
 
@@ -61,7 +64,8 @@ async def test_one_request_is_answered_by_one_object(client: httpx2.AsyncClient)
     assert "logits" not in (await client.post("/v1/score?logits=false", json=ONE)).json()
     for words in ("logits=1", "logit=true", "logits=true&user=1"):
         refused = await client.post(f"/v1/score?{words}", json=ONE)
-        assert (refused.status_code, refused.json()["error"].startswith(f"?{words} is not a ")) == (400, True)
+        assert refused.status_code == 400
+        assert re.fullmatch(told(Problem.UNKNOWN_PARAMETER, value=words), refused.json()["error"])
 
 
 @pytest.mark.parametrize("form", ["list", "object"])
@@ -92,67 +96,62 @@ async def test_arrow_comes_back_as_arrow(client: httpx2.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b'{"candidates": {"ad_item": [NaN]}}', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[" * 20, "not JSON"),
-        (b'"\\ud800"', "not JSON"),
-        (b"3", "the body is 3"),
-        (b'{"users": {}}', '"users"'),
-        (b'{"user": {}}', "no candidates"),
-        (b'{"candidates": []}', "candidates is []"),
-        (b'{"candidates": {"ad_item": 3}}', "candidates.ad_item is 3"),
-        (b'{"requests": 3}', "requests is 3"),
-        (b'{"requests": [], "user": {}}', '"user"'),
-        (b'[{"candidates": {"ad_item": [1]}}, 3]', "requests[1] is 3"),
-        (b'{"candidates": {"ad_item": [1.5]}}', "ad_item[0] is 1.5"),
-        (b'{"candidates": {"ad_item": [99999999999999999999]}}', "ad_item[0] is 1e+20"),
+        *((body, told(Problem.NOT_JSON)) for body in (b"", b"{", b"\xff\xfe", b"[" * 20, b'"\\ud800"')),
+        (b'{"candidates": {"ad_item": [NaN]}}', told(Problem.NOT_JSON)),
+        (b"3", told(Problem.UNFIT, where="the body", value=3)),
+        (b'{"users": {}}', told(Problem.UNKNOWN_PART, where="the body", value='"users"')),
+        (b'{"user": {}}', told(Problem.NO_CANDIDATES, where="the body")),
+        (b'{"candidates": []}', told(Problem.UNFIT, where="the body: candidates", value="[]")),
+        (b'{"candidates": {"ad_item": 3}}', told(Problem.UNFIT, where="candidates.ad_item", value=3)),
+        (b'{"requests": 3}', told(Problem.UNFIT, where="requests", value=3)),
+        (b'{"requests": [], "user": {}}', told(Problem.BESIDE_REQUESTS, value='"user"')),
+        (b'[{"candidates": {"ad_item": [1]}}, 3]', told(Problem.UNFIT, where="requests[1]", value=3)),
+        (b'{"candidates": {"ad_item": [1.5]}}', told(Problem.UNFIT, where=FIRST, value=1.5)),
+        (b'{"candidates": {"ad_item": [99999999999999999999]}}', told(Problem.BEYOND_64_BITS, where=FIRST, value=1e20)),
     ],
-)  # fmt: skip
+)
 async def test_bad_bodies_get_400_that_names_what_is_wrong(client: httpx2.AsyncClient, body: bytes, words: str) -> None:
     answer = await client.post("/v1/score", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
-    assert words in answer.json()["error"]
-    assert answer.json()["status"] == 400
+    assert answer.status_code == answer.json()["status"] == 400
+    assert re.fullmatch(words, answer.json()["error"])
 
 
 BOMB = pa.table({"user": [1], "ad_item": [[0] * 1_000_000]})
 TEXTS = pa.table({"user": pa.array(["a" * 9999]), "ad_item": [[1]]})
 DICTIONARY = TEXTS.set_column(0, "user", TEXTS["user"].dictionary_encode())
+PACKED = Problem.ARROW_COMPRESSED
 LISTS = pa.table({"ad_item": pa.array([["a"]], pa.list_(pa.dictionary(pa.int8(), pa.string())))})
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "said"),
+    ("content", "status", "problem"),
     [
-        *((stream_of(table_of([1, 2000], [5]))[:cut], 400, "") for cut in (0, 7, 100, 300)),
-        *((stream_of(each, compression=by), 400, "compressed") for each in (BOMB, TEXTS) for by in ("lz4", "zstd")),
-        *((stream_of(each), 400, "dictionary") for each in (DICTIONARY, LISTS)),
-        (stream_of(TEXTS), 200, ""),
+        *((stream_of(table_of([1, 2000], [5]))[:cut], 400, Problem.NOT_ARROW) for cut in (0, 7, 100, 300)),
+        *((stream_of(each, compression=by), 400, PACKED) for each in (BOMB, TEXTS) for by in ("lz4", "zstd")),
+        *((stream_of(each), 400, Problem.ARROW_DICTIONARY) for each in (DICTIONARY, LISTS)),
+        (stream_of(TEXTS), 200, None),
     ],
 )
 async def test_streams_that_are_damaged_or_may_grow_without_limit_get_400(
-    client: httpx2.AsyncClient, content: bytes, status: int, said: str
+    client: httpx2.AsyncClient, content: bytes, status: int, problem: Problem | None
 ) -> None:
     answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
     assert answer.status_code == status
-    if status == 400:
-        assert "Arrow" in answer.json()["error"]
-        assert said in answer.json()["error"]
+    if problem is not None:
+        assert re.fullmatch(told(problem), answer.json()["error"])
 
 
 async def test_wrong_addresses_methods_and_types_are_told(client: httpx2.AsyncClient) -> None:
     for answer, status, words in (
-        (await client.get("/nothing"), 404, "GET / lists"),
-        (await client.get("/v1/score"), 405, "POST"),
-        (await client.delete("/"), 405, "GET"),
-        (await client.post("/v1/score", content=b"a=1"), 400, "not JSON"),  # no Content-Type counts as JSON
-        (await client.post("/v1/score", data={"a": "1"}), 415, "application/json"),
-        (await client.post("/v1/score", json=ONE, headers={"content-encoding": "gzip"}), 415, "uncompressed"),
+        (await client.get("/nothing"), 404, told(Problem.UNKNOWN_ADDRESS, where="GET /nothing")),
+        (await client.get("/v1/score"), 405, told(Problem.OTHER_METHOD, where="GET /v1/score", allowed="POST")),
+        (await client.delete("/"), 405, told(Problem.OTHER_METHOD, where="DELETE /", allowed=re.compile(".*GET.*"))),
+        (await client.post("/v1/score", content=b"a=1"), 400, told(Problem.NOT_JSON)),  # as no Content-Type is JSON
+        (await client.post("/v1/score", data={"a": "1"}), 415, told(Problem.OTHER_CONTENT_TYPE, json=JSON)),
+        (await client.post("/v1/score", json=ONE, headers=GZIP), 415, told(Problem.ENCODED, value="gzip")),
     ):
         assert answer.status_code == status
-        assert words in answer.json()["error"]
+        assert re.fullmatch(words, answer.json()["error"])
 
 
 def empty_lists(rows: int, width: int) -> bytes:
@@ -176,32 +175,33 @@ def batches(table: pa.Table, count: int) -> bytes:
 FEW = {"max_requests": 3, "max_candidates": 10, "max_behaviors": 5, "max_pairs": 20, "max_values": 40}
 ITEMS = {"ad_item": [1] * 5}
 TENSOR = {"name": "ad_item", "datatype": "INT64"}
+VALUES, PAIRS = Problem.OVER_MAX_VALUES, Problem.OVER_MAX_PAIRS
 
 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ([{"candidates": {}}] * 4, "4 requests; this server takes at most 3: send several bodies"),
-        ({"candidates": {"ad_item": [1] * 11}}, "11 candidates; this server takes at most 10"),
-        ([{"candidates": {"ad_item": [1] * 6}}] * 2, "12 candidates"),
-        (stream_of(table_of([1] * 6, [1] * 6)), "12 candidates"),
-        ({"user": {"behavior_item": [1] * 6}, "candidates": {}}, "6 behaviours in one list"),
-        ({"user": {"behavior_item": [1] * 5}, "candidates": ITEMS}, "25 pairs of a candidate and a behaviour"),
-        ({"user": {"a": "b,[" * 40, "b": "\\\\\"[{", "x": [1] * 35}, "candidates": {}}, "55 values; this"),
-        ({"user": {"a" * 201: 1}, "candidates": {}}, "201 characters in a name; this server takes at most 200"),
-        (b"[" * 33, "33 lists and objects inside each other; this server takes at most 32"),
-        ({"inputs": [TENSOR | {"shape": [10**9, 0], "data": []}]}, "1,000,000,000 values"),
-        ({"inputs": [TENSOR | {"shape": [0, 10**9], "data": []}]}, "1,000,000,000 values"),
-        ({"inputs": [TENSOR | {"name": "a" * 201, "shape": [1], "data": [1]}]}, "201 characters in a name"),
-        (empty_lists(1, 10**9), "1,000,000,000 values; this server takes at most 40"),
-        (empty_lists(10**9, 1), "1,000,000,000 requests; this server takes at most 3"),
-        (stream_of(table_of([1] * 5).set_column(0, "behavior_item", pa.array([[1] * 5]))), "25 pairs"),
-        (stream_of(pa.table({"ad_item": [[1] * 10], "label": [[0] * 31]})), "41 values"),
-        (stream_of(pa.table({"a" * 201: [1]})), "201 characters in a name"),
-        (stream_of(pa.table({f"column {number}": [1] for number in range(6_000)})), "bytes of schema"),
-        (batches(table_of([1]), 257), "257 messages; this server takes at most 256: write the stream with fewer"),
+        ([{"candidates": {}}] * 4, told(Problem.OVER_MAX_REQUESTS, value=4, most=3)),
+        ({"candidates": {"ad_item": [1] * 11}}, told(Problem.OVER_MAX_CANDIDATES, value=11, most=10)),
+        ([{"candidates": {"ad_item": [1] * 6}}] * 2, told(Problem.OVER_MAX_CANDIDATES, value=12)),
+        (stream_of(table_of([1] * 6, [1] * 6)), told(Problem.OVER_MAX_CANDIDATES, value=12)),
+        ({"user": {"behavior_item": [1] * 6}, "candidates": {}}, told(Problem.OVER_MAX_BEHAVIORS, value=6)),
+        ({"user": {"behavior_item": [1] * 5}, "candidates": ITEMS}, told(PAIRS, value=25)),
+        ({"user": {"a": "b,[" * 40, "b": '\\\\"[{', "x": [1] * 35}, "candidates": {}}, told(VALUES, value=55)),
+        ({"user": {"a" * 201: 1}, "candidates": {}}, told(Problem.OVER_MAX_NAME_LENGTH, value=201, most=200)),
+        (b"[" * 33, told(Problem.OVER_MAX_DEPTH, value=33, most=32)),
+        ({"inputs": [TENSOR | {"shape": [10**9, 0], "data": []}]}, told(VALUES, value=10**9)),
+        ({"inputs": [TENSOR | {"shape": [0, 10**9], "data": []}]}, told(VALUES, value=10**9)),
+        ({"inputs": [TENSOR | {"name": "a" * 201}]}, told(Problem.OVER_MAX_NAME_LENGTH, value=201)),
+        (empty_lists(1, 10**9), told(VALUES, value=10**9, most=40)),
+        (empty_lists(10**9, 1), told(Problem.OVER_MAX_REQUESTS, value=10**9, most=3)),
+        (stream_of(table_of([1] * 5).set_column(0, "behavior_item", pa.array([[1] * 5]))), told(PAIRS, value=25)),
+        (stream_of(pa.table({"ad_item": [[1] * 10], "label": [[0] * 31]})), told(VALUES, value=41)),
+        (stream_of(pa.table({"a" * 201: [1]})), told(Problem.OVER_MAX_NAME_LENGTH, value=201)),
+        (stream_of(pa.table({f"column {n}": [1] for n in range(6_000)})), told(Problem.OVER_MAX_SCHEMA_BYTES)),
+        (batches(table_of([1]), 257), told(Problem.OVER_MAX_MESSAGES, value=257, most=256)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.scorer(**FEW)
 async def test_what_is_over_the_budget_gets_413_with_its_size_and_the_limit(
     client: httpx2.AsyncClient, content: Any, what: str
@@ -211,7 +211,7 @@ async def test_what_is_over_the_budget_gets_413_with_its_size_and_the_limit(
     kind = ARROW if body.startswith(b"\xff") else "application/json"
     answer = await client.post(path, content=body, headers={"content-type": kind})
     assert answer.status_code == 413, answer.text
-    assert what in answer.json()["error"]
+    assert re.fullmatch(what, answer.json()["error"])
 
 
 @pytest.mark.scorer(**FEW)
@@ -264,7 +264,8 @@ async def test_while_a_body_is_scored_others_are_answered_and_it_keeps_its_model
         answer = asked.result().json()
         assert answer["version"] == 1 and {each["logits"][0] for each in answer["answers"]} == {1.0}
         assert health >= 3  # a piece has 64 requests
-        assert 'user."behavior_item" is not a column of the model' in (await waiting).json()["error"]
+        unknown = told(Problem.UNKNOWN_COLUMN, where='user."behavior_item"')
+        assert re.fullmatch(unknown, (await waiting).json()["error"])
         answer = await client.post("/v1/score", json={"candidates": ONE["candidates"]})
         assert answer.json()["version"] == 2
         assert [model.closed for model in source.opened] == [True, False]
@@ -295,7 +296,7 @@ async def test_overload_is_refused_before_latency_collapses(client: httpx2.Async
     assert 4 <= codes.count(200) <= 12  # those that 100 ms have room for
     refused = next(answer for answer in answers if answer.status_code == 503)
     assert int(refused.headers["retry-after"]) >= 1
-    assert "busy" in refused.json()["error"]
+    assert re.fullmatch(told(Problem.BUSY, most=100), refused.json()["error"])
     assert (await client.post("/v1/score", json=ONE)).status_code == 200
     found = await figures(client)
     assert found['serving_requests_total{code="503",route="/v1/score"}'] == codes.count(503)
@@ -325,7 +326,7 @@ async def test_too_many_large_bodies_that_wait_are_refused(client: httpx2.AsyncC
     codes = [(await answer).status_code for answer in answers]
     assert sorted(codes) == [200] * 4 + [503] * 2
     refused = answers[codes.index(503)].result()
-    assert "too many large bodies" in refused.json()["error"]
+    assert refused.json()["error"] == Problem.TOO_MANY_LARGE_BODIES
     assert int(refused.headers["retry-after"]) >= 1
 
 
@@ -418,11 +419,12 @@ async def test_what_a_transform_or_the_network_cannot_take_is_422_in_each_form(
     client: httpx2.AsyncClient, scoring: Scoring, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, content: bytes
 ) -> None:
     def overflows(*body: object) -> None:
-        raise NotFiniteError("candidates.ad_shape[0] has 3.4e+38")
+        raise NotFiniteError(Problem.LOGIT_NOT_FINITE, "requests[5]: ", 7)
 
     monkeypatch.setattr(scoring.live.model, "_scores", overflows)
     answer = await client.post(path, content=content, headers={"content-type": kind})
-    assert answer.status_code == 422 and "ad_shape[0] has 3.4e+38" in answer.json()["error"]
+    assert answer.status_code == 422
+    assert answer.json()["error"] == Problem.LOGIT_NOT_FINITE.of("requests[5]: ", 7)
 
 
 async def test_openapi_describes_all_addresses_and_bodies(client: httpx2.AsyncClient, scoring: Scoring) -> None:
@@ -476,7 +478,7 @@ def live_of(folder: Path, **state: object) -> LiveModel:
 
 async def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_closed(tmp_path: Path) -> None:
     live = live_of(tmp_path, version=1, vectors={"images": 5})
-    with pytest.raises(RefusedError):
+    with raises(RefusedError, Problem.NOT_LOADED):
         _ = live.model
     await live.start()
     first = live.model
@@ -557,7 +559,7 @@ class Counting(FakeModel):
         scored = super().score(table)
         self.calls += len(scored)
         if table["ad_item"].to_pylist() == [[8]]:
-            raise NotFiniteError("the logit of candidate 0 is not a finite number")
+            raise NotFiniteError(Problem.LOGIT_NOT_FINITE, "", 0)
         return scored
 
 
@@ -572,7 +574,7 @@ def test_a_model_is_warmed_up_by_its_sample() -> None:
 def test_a_model_whose_sample_has_no_finite_scores_is_refused() -> None:
     model = Counting(BundleIdentity(1, {}))
     model.judge = pa.table({"ad_item": [[5], [8]]})
-    with pytest.raises(BrokenBundleError, match="not finite numbers"):
+    with raises(BrokenBundleError, Problem.SCORES_NOT_FINITE, version=1):
         warm_up(model)
 
 

@@ -12,9 +12,11 @@ import orjson
 import pytest
 
 from serving.errors import RequestError
-from serving.http.inference import Tensor, metadata, sent_tensors, split_body, tensors_of
+from serving.http.inference import HEADER, Tensor, metadata, sent_tensors, split_body, tensors_of
 from serving.network import run_steps
+from serving.problems import Problem
 from serving.settings import Budget
+from tests.raised import raises, told
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import fake_server
 from trainer.samples.columns import Rule
@@ -75,24 +77,29 @@ def test_lists_of_unequal_lengths_one_candidate_and_none() -> None:
     assert (found["ad_item"], found["context ad_scene"], found[""]) == (([], [0]), ([5], [1]), ([0],))
 
 
+LENGTHS, TAGS, SQUARE = "ad_tags.lengths", tensor("ad_tags", [1, 2]), tensor("ad_tags", [1, 2], 1, 2)
+
+
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    ("tensors", "problem", "where", "values"),
     [
-        ([tensor("user", [1, 2])], "user has shape [2], and has to be [1]"),
-        ([tensor("behavior_item", [1, 2], 2, 1)], "has to be [L]"),
-        ([tensor("ad_item", [1, 2], 1, 2)], "has to be [C]"),
-        ([tensor("ad_tags", [1, 2])], "[N] with a tensor ad_tags.lengths"),
-        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [3])], "adds up to 3"),
-        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [-1, 3])], "adds up to 2"),
-        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [2.0], datatype="FP32")], "INT64 [C]"),
-        ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", ["2"])], "INT64 [C]"),
-        ([tensor("ad_tags", [1, 2], 1, 2), tensor("ad_tags.lengths", [2])], "has to be [N]"),
-        ([tensor("nothing", [1])], '"nothing" is not an input of the model'),
-        ([tensor("ad_tags.lengths", [1])], "not an input of the model"),
+        ([tensor("user", [1, 2])], Problem.UNFIT, "input user: shape", {"value": "[2]", "wanted": "[1]"}),
+        ([tensor("behavior_item", [1, 2], 2, 1)], Problem.UNFIT, "input behavior_item: shape", {"wanted": "[L]"}),
+        ([tensor("ad_item", [1, 2], 1, 2)], Problem.UNFIT, "input ad_item: shape", {"wanted": "[C]"}),
+        ([TAGS], Problem.UNFIT, "input ad_tags: shape", {"wanted": re.compile(r"\[N\] with .* ad_tags.lengths")}),
+        ([TAGS, tensor(LENGTHS, [3])], Problem.OTHER_TOTAL, "ad_tags", {"value": 3, "count": 2}),
+        ([TAGS, tensor(LENGTHS, [-1, 3])], Problem.OTHER_TOTAL, "ad_tags", {"value": 2}),
+        ([TAGS, tensor(LENGTHS, [2.0], datatype="FP32")], Problem.UNFIT, f"input {LENGTHS}", {"wanted": "INT64 [C]"}),
+        ([TAGS, tensor(LENGTHS, ["2"])], Problem.UNFIT, f"input {LENGTHS}", {"wanted": "INT64 [C]"}),
+        ([SQUARE, tensor(LENGTHS, [2])], Problem.UNFIT, "input ad_tags: shape", {"wanted": re.compile(r"^\[N\]")}),
+        ([tensor("nothing", [1])], Problem.UNKNOWN_TENSOR, '"nothing"', {"part": "input"}),
+        ([tensor(LENGTHS, [1])], Problem.UNKNOWN_TENSOR, f'"{LENGTHS}"', {"part": "input"}),
     ],
-)
-def test_tensors_that_are_no_columns_are_named(tensors: list[Tensor], words: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(words)):
+)  # fmt: skip
+def test_tensors_that_are_no_columns_are_named(
+    tensors: list[Tensor], problem: Problem, where: str, values: dict[str, Any]
+) -> None:
+    with raises(RequestError, problem, where=where, **values):
         sent(*tensors)
 
 
@@ -107,6 +114,10 @@ def test_metadata_has_a_shape_for_each_column() -> None:
         "ad_numbers": ("FP32", [-1, 2]),
         "ad_scene": ("INT64", [-1]),
     }
+
+
+X, SIZE = 'input "x"', "binary_data_size"
+OF_SIZE = {"where": f"{X}: {SIZE}"}
 
 
 def texts(*values: bytes) -> bytes:
@@ -131,40 +142,42 @@ def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values:
 
 
 @pytest.mark.parametrize(
-    ("change", "data", "words"),
+    ("change", "data", "problem", "values"),
     [
-        ({"datatype": "INT65"}, b"", "datatype"),
-        ({"datatype": None}, b"", "datatype"),
-        ({"shape": 3}, b"", "shape"),
-        ({"shape": [-1]}, b"", "shape"),
-        ({"shape": [True]}, b"", "shape"),
-        ({"shape": [1, 1, 1, 1]}, b"", "shape"),
-        ({"shape": []}, b"", "shape"),
-        ({"shape": [10**30]}, b"12345678", "has 1"),
-        ({"parameters": {"binary_data_size": 9}}, b"12345678", "8 bytes are left"),
-        ({"parameters": {"binary_data_size": -1}}, b"12345678", "binary_data_size"),
-        ({"parameters": {"binary_data_size": True}}, b"12345678", "binary_data_size"),
-        ({"parameters": {"binary_data_size": 7}}, b"12345678", "not a multiple of the size"),
-        ({"parameters": {"binary_data_size": 8}, "shape": [2]}, b"12345678", "the data has 1"),
-        ({"parameters": {"binary_data_size": 8}}, b"123456789", "1 bytes follow"),
-        ({"parameters": {}}, b"", "neither data"),
-        ({"parameters": 7}, b"", "neither data"),
-        ({"datatype": "BYTES"}, b"\x09\0\0\0abcd", "9 bytes"),
-        ({"datatype": "BYTES"}, b"\x01\0\0\0a\0\0\0", "inside the length"),
-        ({"datatype": "BYTES"}, texts(b"\xff\xfe\xfd\xfc"), "UTF-8"),
-        ({"parameters": None, "data": [[1], 2]}, b"", "mixes lists and values"),
-        ({"name": 3}, b"", "object with name"),
+        ({"datatype": "INT65"}, b"", Problem.UNFIT, {"where": f"{X}: datatype", "value": '"INT65"'}),
+        ({"datatype": None}, b"", Problem.UNFIT, {"where": f"{X}: datatype", "value": "null"}),
+        ({"shape": 3}, b"", Problem.UNFIT, {"where": f"{X}: shape", "value": 3}),
+        ({"shape": [-1]}, b"", Problem.UNFIT, {"where": f"{X}: shape", "value": "[-1]"}),
+        ({"shape": [True]}, b"", Problem.UNFIT, {"where": f"{X}: shape", "value": "[true]"}),
+        ({"shape": [1, 1, 1, 1]}, b"", Problem.UNFIT, {"where": f"{X}: shape", "value": "[1, 1, 1, 1]"}),
+        ({"shape": []}, b"", Problem.UNFIT, {"where": f"{X}: shape", "value": "[]"}),
+        ({"shape": [10**30]}, b"12345678", Problem.OVER_MAX_VALUES, {"value": 10**30}),
+        ({"parameters": {SIZE: 9}}, b"12345678", Problem.UNFIT, OF_SIZE | {"value": 9, "wanted": re.compile(" 8,")}),
+        ({"parameters": {SIZE: -1}}, b"12345678", Problem.UNFIT, OF_SIZE | {"value": -1}),
+        ({"parameters": {SIZE: True}}, b"12345678", Problem.UNFIT, OF_SIZE | {"value": "true"}),
+        ({"parameters": {SIZE: 7}}, b"12345678", Problem.NOT_MULTIPLE, {"where": X, "value": 7, "datatype": "INT64"}),
+        ({"parameters": {SIZE: 8}, "shape": [2]}, b"12345678", Problem.OTHER_COUNT, {"where": X, "value": 1}),
+        ({"parameters": {SIZE: 8}}, b"123456789", Problem.BYTES_FOLLOW, {"value": 1}),
+        ({"parameters": {}}, b"", Problem.NO_DATA, {"where": X}),
+        ({"parameters": 7}, b"", Problem.NO_DATA, {"where": X}),
+        ({"datatype": "BYTES"}, b"\x09\0\0\0abcd", Problem.TEXT_CUT, {"where": X, "number": 0, "length": 9}),
+        ({"datatype": "BYTES"}, b"\x01\0\0\0a\0\0\0", Problem.TEXT_CUT, {"where": X, "number": 1, "left": 3}),
+        ({"datatype": "BYTES"}, texts(b"\xff\xfe\xfd\xfc"), Problem.TEXT_NOT_UTF8, {"where": X, "number": 0}),
+        ({"parameters": None, "data": [[1], 2]}, b"", Problem.MIXED_DATA, {"where": X}),
+        ({"name": 3}, b"", Problem.UNFIT, {"where": "an input"}),
     ],
 )  # fmt: skip
-def test_damaged_tensors_are_named(change: dict[str, Any], data: bytes, words: str) -> None:
-    each = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": {"binary_data_size": 8}} | change
-    with pytest.raises(RequestError, match=re.escape(words)):
+def test_damaged_tensors_are_named(
+    change: dict[str, Any], data: bytes, problem: Problem, values: dict[str, Any]
+) -> None:
+    each = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": {SIZE: 8}} | change
+    with raises(RequestError, problem, **values):
         run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))
 
 
 @pytest.mark.parametrize("header", ["x", "-1", "99", "1" * 40, "²"])
 def test_a_wrong_length_of_the_json_is_named(header: str) -> None:
-    with pytest.raises(RequestError):
+    with raises(RequestError, Problem.UNFIT, where=HEADER):
         run_steps(split_body(b"{}", header, Budget()))
 
 
@@ -192,20 +205,24 @@ async def test_inference_by_json(client: httpx2.AsyncClient) -> None:
     assert np.frombuffer(binary.content[length:], "<f4") == pytest.approx([0.95262, 0.95266, 0.99331], abs=1e-5)
 
 
+INFER, FIRST, OUTPUT = "ctr/infer", "input ad_item[0]", {"part": "output", "known": re.compile("score, .*")}
+NO_ITEMS = {"column": "input ad_item", "wanted": re.compile("a list .*")}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
-        ("other/infer", infer_body(), 404, "ctr"),
-        ("ctr/versions/9/infer", infer_body(), 404, "but 3"),
-        ("ctr/infer", [], 400, "no inputs"),
-        ("ctr/infer", {"inputs": infer_body()["inputs"] * 2}, 400, "twice"),
-        ("ctr/infer", infer_body(outputs=[{"name": "x"}]), 400, "score"),
-        ("ctr/infer", infer_body(outputs=[{"name": ["score"]}]), 400, "score"),
-        ("ctr/infer", infer_body(outputs=3), 400, "outputs"),
-        ("ctr/infer", infer_body(id=3), 400, "id"),
-        ("ctr/infer", {"inputs": [sent_as("FP32", 1.5)]}, 400, "input ad_item[0] is 1.5, and has to be a whole number"),
-        ("ctr/infer", {"inputs": [sent_as("INT64", 1, name="user")]}, 400, "input ad_item is missing, expected a list"),
-        ("ctr/infer", {"inputs": [sent_as("UINT64", 2**63)]}, 400, "input ad_item[0] is 9223372036854775808, bey"),
+        ("other/infer", infer_body(), 404, told(Problem.OTHER_MODEL, value="other", model="ctr")),
+        ("ctr/versions/9/infer", infer_body(), 404, told(Problem.NOT_SERVED, value="9", version=3)),
+        (INFER, [], 400, told(Problem.NO_INPUTS)),
+        (INFER, {"inputs": infer_body()["inputs"] * 2}, 400, told(Problem.SENT_TWICE, where='"ad_item"')),
+        (INFER, infer_body(outputs=[{"name": "x"}]), 400, told(Problem.UNKNOWN_TENSOR, where='"x"', **OUTPUT)),
+        (INFER, infer_body(outputs=[{"name": [5]}]), 400, told(Problem.UNKNOWN_TENSOR, where="[5]", **OUTPUT)),
+        (INFER, infer_body(outputs=3), 400, told(Problem.UNFIT, where="outputs", value=3)),
+        (INFER, infer_body(id=3), 400, told(Problem.UNFIT, where="id", value=3)),
+        (INFER, {"inputs": [sent_as("FP32", 1.5)]}, 400, told(Problem.UNFIT, where=FIRST, value=1.5)),
+        (INFER, {"inputs": [sent_as("INT64", 1, name="user")]}, 400, told(Problem.NO_COLUMN, **NO_ITEMS)),
+        (INFER, {"inputs": [sent_as("UINT64", 2**63)]}, 400, told(Problem.BEYOND_64_BITS, where=FIRST, value=2**63)),
     ],
 )
 async def test_mistakes_of_inference_are_told(
@@ -213,7 +230,7 @@ async def test_mistakes_of_inference_are_told(
 ) -> None:
     answer = await client.post(f"/v2/models/{path}", json=body)
     assert answer.status_code == status
-    assert words in answer.json()["error"]
+    assert re.fullmatch(words, answer.json()["error"])
 
 
 @pytest.mark.services
@@ -237,5 +254,5 @@ def test_tritons_client_works_unchanged(tmp_path: Path) -> None:
                 assert result.get_response()["id"] == "q1"
         later = client.async_infer("ctr", [items, images])
         assert later.get_result().as_numpy("unknown").tolist() == [0, 0, 1]
-        with pytest.raises(http.InferenceServerException, match="not an input of the model"):
+        with pytest.raises(http.InferenceServerException, match=told(Problem.UNKNOWN_TENSOR, part="input")):
             client.infer("ctr", [http.InferInput("x", [1], "INT64").set_data_from_numpy(np.array([1]))])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,7 +18,9 @@ import psutil
 import pytest
 
 from serving.http.metrics import FOLDER_VARIABLE, ServingMetrics
+from serving.problems import Problem
 from tests.cli import ran
+from tests.raised import told
 from tests.serving.http.fakes import figures_of, write_state
 from tests.serving.http.processes import ServerProcess, fake_server, post_head
 from trainer.launch import free_port
@@ -197,7 +200,8 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         state = write_state(tmp_path, version=3)
         done = ran(sys.executable, "-m", "tests.serving.http.fakes", state, f"port={port}")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert f"error: cannot listen on --host 127.0.0.1 --port {port}: Address already" in done.stderr
+    taken_port = told(Problem.CANNOT_LISTEN, where=f"--host 127.0.0.1 --port {port}", reason=re.compile("Address.*"))
+    assert re.match(f"error: {taken_port}", done.stderr)
 
 
 def test_a_file_that_a_worker_is_making_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

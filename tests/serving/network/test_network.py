@@ -19,6 +19,8 @@ from serving.errors import BrokenBundleError
 from serving.network import served
 from serving.network.exporting import export_network
 from serving.network.served import PORTABLE, FieldRows, NetworkInputs, ServedNetwork, compiled_name
+from serving.problems import Problem
+from tests.raised import raises
 from tests.serving.scoring.variants import compiled, shared_places
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.exchange.vectors import FieldVectors
@@ -221,7 +223,7 @@ class TestFiles:
         path = tmp_path / PORTABLE
         path.write_bytes(b"no network")
         for _ in range(2):
-            with pytest.raises(BrokenBundleError, match=f"{PORTABLE} is not a network as it was exported"):
+            with raises(BrokenBundleError, Problem.NOT_NETWORK, where=path):
                 ServedNetwork.load(tmp_path)
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("network/data", "nothing")

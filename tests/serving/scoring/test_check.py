@@ -17,12 +17,15 @@ from jobs.score import app as score_app
 from serving.__main__ import app
 from serving.http.app import Scoring
 from serving.http.live import BundleSource
+from serving.problems import Problem
 from serving.settings import ServerSettings
 from tests.cli import invoke
 from tests.explorer.serving import in_thread
+from tests.raised import told
 from tests.security.certificates import Certificate
 from tests.serving.scoring.variants import Exported, Variants, export, train_run
 from trainer.evaluation.predict import predict_run
+from trainer.problems import Problem as TrainerProblem
 from trainer.samples.survey import write_part
 
 pytestmark = pytest.mark.long
@@ -57,7 +60,7 @@ def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> 
     (vectors,) = url.glob("bundles/*/vectors/images")
     FeatureStore.open(vectors).delete(np.arange(1_000, 1_010))
     found = check(url, code=1)
-    assert "is more than --tolerance 1e-05" in found.stderr and "impression" in found.stdout
+    assert re.search(told(Problem.TOO_FAR, most=1e-5), found.stderr) and "impression" in found.stdout
     check(url, "--tolerance", 100)
 
 
@@ -75,7 +78,7 @@ def test_a_run_in_bfloat16_has_the_tolerance_of_its_roundings(model: Exported, t
 
 def test_another_checkpoint_is_refused(model: Exported, variants: Variants) -> None:
     found = check(model.url, "--run", variants("concat").run, code=1)
-    assert "is not the checkpoint that version 1 was made of" in found.stderr
+    assert re.search(told(Problem.OTHER_CHECKPOINT, version=1), found.stderr)
 
 
 def test_a_file_of_scores_by_a_model_is_that_of_its_run(model: Exported, tmp_path: Path) -> None:
@@ -111,7 +114,8 @@ def test_a_row_whose_logit_is_not_finite_ends_both_by_its_name(variants: Variant
         found = score(*options, *samples, "--out", tmp_path / "scores.parquet", code=1)
         assert re.search(r"column ad_shape(\[\d\])? has 3.4e\+38", found.stderr), found.stderr
     found = check(model.url, *samples, code=1)
-    assert f"{file}, from row 0: the table, row 3: column ad_shape[0] has 3.4e+38" in found.stderr
+    reason = told(TrainerProblem.TOO_BIG, where="the table, row 3: column ad_shape[0]", value=3.4e38)
+    assert re.search(told(Problem.WRONG, where=f"{file}, from row 0", reason=re.compile(reason)), found.stderr)
 
 
 @pytest.mark.services
@@ -125,4 +129,4 @@ def test_a_server_equals_the_run(model: Exported, tmp_path: Path) -> None:
             time.sleep(0.01)
         found = check(model.url, "--url", url, "--ca", own.ca)
         assert f"answers by {url}" in found.stdout
-        assert "its certificate is refused" in check(model.url, "--url", url, code=1).stderr
+        assert re.search(told(Problem.CERTIFICATE_REFUSED, where=url), check(model.url, "--url", url, code=1).stderr)

@@ -1,6 +1,7 @@
 """Requests and tables become the very arrays that training makes of a sample file, or one error that names a value."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 
 from serving.errors import NotFiniteError, RequestError
 from serving.network import run_steps
+from serving.problems import Problem
 from serving.scoring.decode import decode, whole_array
 from serving.scoring.request import Request
 from serving.scoring.sent import UnusableValueError, joined, sent_requests
+from tests.raised import raises, told
 from tests.serving.scoring.wide import COLUMNS, SCHEMA, decoded, groups, request_of, sent_of, table_of
+from trainer.problems import Problem as TrainerProblem
 from trainer.samples.columns import decode as decode_file
 from trainer.samples.columns import rules_of
 from trainer.samples.index import Piece
@@ -76,10 +80,11 @@ def test_requests_are_decoded_as_training_decodes_files(
 
 def test_numbers_of_binary_tensors_and_of_tables_are_whole_and_fit() -> None:
     assert whole_array(np.array([2**63 - 1], np.uint64)).tolist() == [2**63 - 1]
-    for values, place in (([1, 2**63], 1), ([1.0], 0), ([True], 0)):
+    unfit = (0, Problem.UNFIT)
+    for values, wanted in (([1, 2**63], (1, Problem.BEYOND_64_BITS)), ([1.0], unfit), ([True], unfit)):
         with pytest.raises(UnusableValueError) as failure:
-            whole_array(np.array(values, np.uint64 if place else None))
-        assert failure.value.place == place
+            whole_array(np.array(values, np.uint64 if wanted[0] else None))
+        assert (failure.value.place, failure.value.problem) == wanted
 
 
 ROW: dict[str, Any] = {
@@ -102,6 +107,7 @@ ROW: dict[str, Any] = {
 }
 ADS = [name for name in ROW if name.startswith("ad_")]
 C, U, X = "candidates", "user", "context"
+OF_SHOPS, OF_ITEMS = {"other": "ad_shops"}, {"other": "behavior_item"}
 
 
 def parts(scene: bool = True) -> dict[str, dict[str, Any]]:
@@ -120,86 +126,95 @@ def request(*changes: tuple[str, str, Any]) -> Request:
     return Request(user=made[U], context=made[X], candidates=made[C])
 
 
-def refusal(*requests: Request) -> str:
-    with pytest.raises(RequestError) as error:
+def refused(*requests: Request, problem: Problem, **values: Any) -> None:
+    with raises(RequestError, problem, **values) as error:
         decoded(requests)
     assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("part", "column", "value", "said"),
+    ("part", "column", "value", "problem", "inside", "values"),
     [
-        (C, "ad_item", [5, 1.5], "[1] is 1.5,"),
-        (C, "ad_item", [5, 2.0**70], "send a number beyond 64 bits as a text"),
-        (C, "ad_item", [5, True], "[1] is true,"),
-        (C, "ad_item", [None, 5], "[0] is null,"),
-        (C, "ad_item", [2**63, 5], "[0] is 9223372036854775808, beyond 64 bits"),
-        (C, "ad_item", [-(2**63) - 1, "a"], "[0] is -9223372036854775809, beyond 64 bits"),
-        (C, "ad_item", [5, {"a": [1]}], '[1] is {"a": [1]},'),
-        (C, "ad_item", [5], " has 1 entries, but there are 2 candidates"),
-        (C, "ad_shops", [[1], 7], "[1] is 7,"),
-        (C, "ad_shops", [[1], [2, [3]]], "[1][1] is [3],"),
-        (C, "ad_shops", [[1], [2, True]], "[1][1] is true,"),
-        (C, "ad_shop_weights", [[1], [2]], "[1] has 1 entries, but ad_shops has 2 there: values"),
-        (C, "ad_price", [1, float("nan")], "[1] is nan,"),
-        (C, "ad_price", [1, 1e39], "[1] is 1e+39,"),
-        (C, "ad_price", [1, 10**400], "[1] is 1000"),
-        (C, "ad_price", [1, None], "[1] is null, and has to be a number; give its field fill"),
-        (C, "ad_price", [1, "2"], '[1] is "2",'),
-        (C, "ad_shape", [[1, 2], [3]], "[1] has 1 entries, but the schema says width=2"),
-        (X, "ad_scene", [], " is [],"),
-        (X, "ad_scene", 2**63, " is 9223372036854775808, beyond 64 bits"),
-        (U, "user", ["anna"], ' is ["anna"],'),
-        (U, "user_age", float("inf"), " is inf,"),
-        (U, "behavior_item", None, " is null,"),
-        (U, "behavior_item", "1,2,3", ' is "1,2,3",'),
-        (U, "behavior_age", [1, 2], " has 2 entries, but behavior_item has 3 there: values"),
-        (U, "behavior_image", [1, 2], " has 2 entries, but behavior_item has 3 there: behaviours belong together"),
-        (C, "ad_shops", [[1], [False, 3]], "[1][0] is false,"),
-        (C, "ad_shops", [[1], [[]]], "[1][0] is [],"),
+        (C, "ad_item", [5, 1.5], Problem.UNFIT, "[1]", {"value": 1.5}),
+        (C, "ad_item", [5, 2.0**70], Problem.BEYOND_64_BITS, "[1]", {"value": 2.0**70}),
+        (C, "ad_item", [5, True], Problem.UNFIT, "[1]", {"value": "true"}),
+        (C, "ad_item", [None, 5], Problem.UNFIT, "[0]", {"value": "null"}),
+        (C, "ad_item", [2**63, 5], Problem.BEYOND_64_BITS, "[0]", {"value": 2**63}),
+        (C, "ad_item", [-(2**63) - 1, "a"], Problem.BEYOND_64_BITS, "[0]", {"value": -(2**63) - 1}),
+        (C, "ad_item", [5, {"a": [1]}], Problem.UNFIT, "[1]", {"value": '{"a": [1]}'}),
+        (C, "ad_item", [5], Problem.OTHER_CANDIDATES, "", {"value": 1, "count": 2}),
+        (C, "ad_shops", [[1], 7], Problem.UNFIT, "[1]", {"value": 7}),
+        (C, "ad_shops", [[1], [2, [3]]], Problem.UNFIT, "[1][1]", {"value": "[3]"}),
+        (C, "ad_shops", [[1], [2, True]], Problem.UNFIT, "[1][1]", {"value": "true"}),
+        (C, "ad_shop_weights", [[1], [2]], Problem.UNEQUAL_LENGTHS, "[1]", OF_SHOPS | {"value": 1, "length": 2}),
+        (C, "ad_price", [1, float("nan")], Problem.NOT_FINITE, "[1]", {"value": "nan"}),
+        (C, "ad_price", [1, 1e39], Problem.NOT_FINITE, "[1]", {"value": 1e39}),
+        (C, "ad_price", [1, 10**400], Problem.NOT_FINITE, "[1]", {"value": 10**400}),
+        (C, "ad_price", [1, None], Problem.UNFIT, "[1]", {"value": "null", "wanted": re.compile("a number.* fill ")}),
+        (C, "ad_price", [1, "2"], Problem.UNFIT, "[1]", {"value": '"2"'}),
+        (C, "ad_shape", [[1, 2], [3]], Problem.OTHER_LENGTH, "[1]", {"value": 1, "width": 2}),
+        (X, "ad_scene", [], Problem.UNFIT, "", {"value": "[]"}),
+        (X, "ad_scene", 2**63, Problem.BEYOND_64_BITS, "", {"value": 2**63}),
+        (U, "user", ["anna"], Problem.UNFIT, "", {"value": '["anna"]'}),
+        (U, "user_age", float("inf"), Problem.NOT_FINITE, "", {"value": "inf"}),
+        (U, "behavior_item", None, Problem.UNFIT, "", {"value": "null"}),
+        (U, "behavior_item", "1,2,3", Problem.UNFIT, "", {"value": '"1,2,3"'}),
+        (U, "behavior_age", [1, 2], Problem.UNEQUAL_LENGTHS, "", OF_ITEMS | {"value": 2, "length": 3}),
+        (U, "behavior_image", [1, 2], Problem.UNEQUAL_LENGTHS, "", OF_ITEMS | {"value": 2, "length": 3}),
+        (C, "ad_shops", [[1], [False, 3]], Problem.UNFIT, "[1][0]", {"value": "false"}),
+        (C, "ad_shops", [[1], [[]]], Problem.UNFIT, "[1][0]", {"value": "[]"}),
     ],
-)
-def test_a_wrong_value_is_named_as_it_was_sent(part: str, column: str, value: Any, said: str) -> None:
-    found = refusal(request((part, column, value)))
-    assert (f"{part}.{column}{said}" if said[0] in "[ " else said) in found
+)  # fmt: skip
+def test_a_wrong_value_is_named_as_it_was_sent(
+    part: str, column: str, value: Any, problem: Problem, inside: str, values: dict[str, Any]
+) -> None:
+    refused(request((part, column, value)), problem=problem, where=f"{part}.{column}{inside}", **values)
+
+
+ITEMS, PRICE = "a list with a whole number or text for each candidate", "candidates.ad_price"
+IMAGE, PRISE = "user.behavior_image", 'column "ad_prise"'
+NO_PRICE = {"column": PRICE, "wanted": "a list with a number for each candidate"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "problem", "values"),
     [
-        ([(C, "ad_item", 5)], "candidates.ad_item is 5, and has to be a list with a whole number or text for each"),
-        ([(C, "ad_price", ...)], "candidates.ad_price is missing, expected a list with a number for each candidate"),
-        ([(U, "user", ...)], "user.user is missing, expected a whole number or text"),
-        ([(U, "user", ...), (C, "ad_price", ...)], "2 columns are missing: user.user, candidates.ad_price"),
-        ([(C, "ad_prise", [1, 2])], 'candidates."ad_prise" is not a column of the model; did you mean ad_price?'),
-        ([(C, "user", [1, 2])], "candidates.user is a column of side user; put it into user"),
-        ([(U, "ad_item", [5, 6])], "user.ad_item is a column of side ad; put it into candidates, or into context"),
-        ([(C, "ad_scene", [1, 2])], "column ad_scene is in context and in candidates; leave one out"),
+        ([(C, "ad_item", 5)], Problem.UNFIT, {"where": "candidates.ad_item", "value": 5, "wanted": ITEMS}),
+        ([(C, "ad_price", ...)], Problem.NO_COLUMN, NO_PRICE),
+        ([(U, "user", ...)], Problem.NO_COLUMN, {"column": "user.user", "wanted": "a whole number or text"}),
+        ([(U, "user", ...), (C, "ad_price", ...)], Problem.NO_COLUMNS, {"count": 2, "columns": f"user.user, {PRICE}"}),
+        ([(C, "ad_prise", [1])], Problem.UNKNOWN_COLUMN, {"where": f'{C}."ad_prise"', "hint": re.compile("ad_price")}),
+        ([(C, "user", [1, 2])], Problem.OF_USER, {"where": "candidates.user"}),
+        ([(U, "ad_item", [5, 6])], Problem.OF_AD, {"where": "user.ad_item"}),
+        ([(C, "ad_scene", [1, 2])], Problem.IN_BOTH, {"where": "", "value": "ad_scene"}),
     ],
 )
-def test_columns_that_are_missing_or_in_the_wrong_place(changes: list[tuple[str, str, Any]], said: str) -> None:
-    assert said in refusal(request(*changes))
+def test_columns_that_are_missing_or_in_the_wrong_place(
+    changes: list[tuple[str, str, Any]], problem: Problem, values: dict[str, Any]
+) -> None:
+    refused(request(*changes), problem=problem, **values)
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "said"),
+    ("place", "change", "problem", "values"),
     [
-        (1, (C, "ad_item", [5, None]), "requests[1]: candidates.ad_item[1] is null"),
-        (1, (X, "ad_scene", None), "requests[1]: context.ad_scene is null"),
-        (2, (U, "behavior_image", [1, 1.5, 2]), "requests[2]: user.behavior_image[1] is 1.5"),
-        (2, (C, "ad_price", ...), "requests[2]: candidates.ad_price is missing"),
+        (1, (C, "ad_item", [5, None]), Problem.UNFIT, {"where": f"requests[1]: {C}.ad_item[1]", "value": "null"}),
+        (1, (X, "ad_scene", None), Problem.UNFIT, {"where": f"requests[1]: {X}.ad_scene", "value": "null"}),
+        (2, (U, "behavior_image", [1, 1.5, 2]), Problem.UNFIT, {"where": f"requests[2]: {IMAGE}[1]", "value": 1.5}),
+        (2, (C, "ad_price", ...), Problem.NO_COLUMN, {"where": "requests[2]: ", "column": PRICE}),
     ],
 )
-def test_which_of_several_requests_is_named(place: int, change: tuple[str, str, Any], said: str) -> None:
-    assert refusal(*[request()] * place, request(change)).startswith(said)
+def test_which_of_several_requests_is_named(
+    place: int, change: tuple[str, str, Any], problem: Problem, values: dict[str, Any]
+) -> None:
+    refused(*[request()] * place, request(change), problem=problem, **values)
 
 
 def test_a_number_that_its_transform_makes_infinite_is_named_in_every_piece() -> None:
     whole = sent_of([request(), request((U, "user_size", -3.3e38)), request((U, "user_size", 3.4e38))])
     assert run_steps(decode(COLUMNS, whole.piece(slice(0, 1)))).batch.num_samples == 2
     for piece, said in ((slice(0, 3), 1), (slice(1, 3), 1), (slice(2, 3), 2)):
-        with pytest.raises(NotFiniteError, match=rf"^requests\[{said}\]: user.user_size has"):
+        with raises(NotFiniteError, TrainerProblem.TOO_BIG, where=f"requests[{said}]: user.user_size"):
             run_steps(decode(COLUMNS, whole.piece(piece)))
 
 
@@ -242,7 +257,7 @@ def test_what_is_in_context_is_as_if_each_candidate_had_it() -> None:
     assert_same(run_steps(decode(COLUMNS, found.piece(last))).batch, decoded([in_candidates]).batch)
     assert found.sizes(COLUMNS).values_G[1] == expected.sizes(COLUMNS).values_G[1] - 4
     wrong = replace(in_context, context={**in_context.context, "ad_shops": [1, 1.5]})
-    assert refusal(request(), wrong).startswith("requests[1]: context.ad_shops[1] is 1.5")
+    refused(request(), wrong, problem=Problem.UNFIT, where="requests[1]: context.ad_shops[1]", value=1.5)
 
 
 PLAIN_ROW = {**ROW, "user": 1, "behavior_shop": [1, 2, 1], "behavior_image": [1, 2, 3], "ad_image": [1, 2]}
@@ -254,8 +269,8 @@ def with_column(name: str, values: Any) -> TableChange:
 
 
 COLUMN_CHANGES: list[tuple[TableChange, str]] = [
-    (lambda t: t.drop_columns(["ad_price"]), "column ad_price is missing, expected a list with a number"),
-    (lambda t: t.append_column("ad_prise", t["ad_price"]), 'column "ad_prise" is not a column of the model'),
+    (lambda t: t.drop_columns(["ad_price"]), told(Problem.NO_COLUMN, **NO_PRICE | {"column": "column ad_price"})),
+    (lambda t: t.append_column("ad_prise", t["ad_price"]), told(Problem.UNKNOWN_COLUMN, where=PRISE)),
     (lambda t: t.append_column("ad_item", t["ad_item"]), "ad_item"),
     (lambda t: t.append_column("behavior_item", t["behavior_item"]), "behavior_item"),
     (lambda t: with_column("user", t["user"].cast(pa.float64()))(t), "column user is double, expected integer"),
@@ -266,8 +281,12 @@ COLUMN_CHANGES: list[tuple[TableChange, str]] = [
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
-        (1, with_column("user", pa.array([None], pa.int64())), "the table, row 0: column user is null"),
-        (1, with_column("ad_item", pa.array([[1]])), "has 2 entries, but there are 1 candidates"),
+        (
+            1,
+            with_column("user", pa.array([None], pa.int64())),
+            told(Problem.NULL, where="the table, row 0: column user"),
+        ),
+        (1, with_column("ad_item", pa.array([[1]])), told(Problem.OTHER_CANDIDATES, value=2, count=1)),
         *((rows, *each) for rows in (0, 1) for each in COLUMN_CHANGES),
     ],
 )

@@ -17,8 +17,10 @@ from featurestore.spec import MissingPolicy
 from serving.errors import NotFiniteError
 from serving.network import Steps
 from serving.network.served import NetworkInputs, ServedNetwork
+from serving.problems import Problem
 from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
+from tests.raised import raises
 from tests.serving.scoring.variants import GONE, SERVED, Variants
 from trainer.config import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
@@ -177,7 +179,7 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
 
     monkeypatch.setattr(ServedNetwork, "steps", overflows)
     last = len(request.candidates["ad_shape"]) - 1
-    with pytest.raises(NotFiniteError, match=rf"^requests\[1\]: the logit of candidate {last} is not a finite number"):
+    with raises(NotFiniteError, Problem.LOGIT_NOT_FINITE, where="requests[1]: ", candidate=last):
         scorer.score([requests[3], request])
 
 

@@ -22,8 +22,10 @@ from explorer.data.impressions.impression_list import score_first
 from explorer.data.impressions.open_runs import OpenedRun, TrainedRuns
 from explorer.errors import ExplorerError
 from explorer.places import Places as ShownPlaces
+from explorer.problems import Problem
 from featurestore.store import FeatureStore
 from tests.explorer.world import World
+from tests.raised import raises
 from tests.serving.scoring.variants import GONE, SERVED, TABLES, shared_places
 from tests.serving.scoring.variants import trained as trained_variant
 from tests.trainer.conftest import Places
@@ -291,8 +293,9 @@ def test_a_picture_that_is_sent_for_a_new_ad(runs: Runs, monkeypatch: pytest.Mon
 
 def test_runs_of_other_features_take_no_picture(runs: Runs) -> None:
     """Nor do those that see none: pages/test_impressions.py."""
-    with runs.use("lr") as opened, pytest.raises(ExplorerError, match="another kind"):
-        explained.score_sent(explain(opened, 1).group, 0, FeatureStore.open(runs.folder / "texts"), b"")
+    texts = FeatureStore.open(runs.folder / "texts")
+    with runs.use("lr") as opened, raises(ExplorerError, Problem.OTHER_FEATURES, where="lr", url=texts.url):
+        explained.score_sent(explain(opened, 1).group, 0, texts, b"")
 
 
 def test_a_closed_run_leaves_no_tables_also_where_something_refers_to_it(world: World) -> None:

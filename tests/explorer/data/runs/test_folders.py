@@ -15,7 +15,9 @@ from explorer.data.runs.comparing import RunDifference, RunsCompared, TooMuchErr
 from explorer.data.runs.folders import RunFacts, open_run, read_facts, read_runs, run_names
 from explorer.errors import NotHereError
 from explorer.places import Places
+from explorer.problems import Problem
 from tests.explorer.world import World
+from tests.raised import raises
 from tests.trainer.whole_runs import alike
 from trainer.evaluation import predict
 from trainer.evaluation.bootstrap import LEAST_USERS_SHOWN, compare
@@ -99,7 +101,7 @@ def test_runs_and_days_of_trainer_daily_are_listed_by_their_last_change(runs: Pa
     "name", ["..", ".", "", "a/b", "/etc", "nothing", "a\0b", "x" * 300, "../both", "x/..", "/..", "../.", "a//b"]
 )
 def test_what_is_no_run_is_not_here(runs: Path, name: str) -> None:
-    with pytest.raises(NotHereError):
+    with raises(NotHereError, Problem.NO_RUN, where=name[:60]):
         open_run(Places(runs=str(runs / "both")), name)
 
 
@@ -158,17 +160,17 @@ def test_predictions_are_kept(places: Places, monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_that_cannot_be_compared_is_a_problem_of_its_own(changing_world: World) -> None:
     shutil.rmtree(changing_world.runs / "both" / "checkpoints")
     found = compare_runs(changing_world.places(), ["ids-only", "both", "both-longer"], Task())
-    assert found.problems == {"both": "it has no checkpoint yet"}
+    assert found.problems == {"both": Problem.NO_CHECKPOINT}
     assert {each.run for each in found.differences} == {"both-longer"}
 
 
 def test_too_many_impressions_or_images_are_left_to_a_command(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "MOST_IMAGES", 3)
     predictions_of(places, "ids-only", Task())
-    with pytest.raises(TooMuchError, match="images"):
+    with raises(TooMuchError, Problem.TOO_MANY_IMAGES, where=places.store, most=3):
         predictions_of(places, "both", Task())
     monkeypatch.setattr(comparing, "MOST_IMPRESSIONS", 3)
-    with pytest.raises(TooMuchError, match="test impressions"):
+    with raises(TooMuchError, Problem.TOO_MANY_IMPRESSIONS, most=3):
         predictions_of(places, "ids-only", Task())
 
 
