@@ -31,6 +31,7 @@ from pipeline.features import part as parts
 from pipeline.images.source import ImageTable, Listing, list_images
 from pipeline.network import Precision, check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
+from pipeline.problems import Problem
 
 CALIBRATION_IMAGES = 96  # for int8: two thirds to measure ranges, the others to compare it with float32
 
@@ -125,7 +126,7 @@ def bring_up_to_date(
     run.quarantine(bad)
     try:
         if len(bad) == len(images):
-            raise StoreRunError(f"none of the {len(bad):,} images can be used: {store_run.describe_bad(bad)}")
+            raise StoreRunError(Problem.NO_USABLE_IMAGE, len(bad), store_run.describe_bad(bad))
         _check_gone(options, len(removed), comparison, "are gone or cannot be decoded any more")
     except StoreRunError:
         store.discard_staging(run.run_id)  # the next run looks at all files again: it may be the decoder that is broken
@@ -298,10 +299,7 @@ def _precision_for(
     if known is not None:
         extractor = known.info.extractor
         if options.precision not in ("auto", extractor.compute_dtype):
-            raise SpecMismatchError(
-                f"--precision {options.precision}, and the features at {known.url} were computed in"
-                f" {extractor.compute_dtype}: leave the option away, or use another store"
-            )
+            raise SpecMismatchError(Problem.OTHER_PRECISION, options.precision, known.url, extractor.compute_dtype)
         return extractor.precision
     if options.precision != "int8":
         return options.precision
@@ -309,10 +307,7 @@ def _precision_for(
     call, advice = (options.backbone, weights, refs), "give each worker more, or take another --precision"
     int8: Int8Spec = run_all(client, "calibrating int8", parts.calibrate, [call], advice)[0]
     if not int8.mean_cosine >= options.least_cosine:
-        raise BackboneError(
-            f"int8 keeps too little of {options.backbone}: its features have a cosine of {int8.mean_cosine:.4f} with"
-            f" float32's, and --least-cosine is {options.least_cosine:g}; lower it, or take another --precision"
-        )
+        raise BackboneError(Problem.INT8_TOO_COARSE, options.backbone, int8.mean_cosine, options.least_cosine)
     return int8
 
 
@@ -404,8 +399,5 @@ class ImageRun(store_run.StoreRun):
         deadly = {key for key, result in tried.items() if isinstance(result, Killed)}
         report: parts.PartReport | Killed = run_alone(self.client, parts.stage_part, *call, 1, deadly)
         if isinstance(report, Killed):
-            raise StoreRunError(
-                f"workers die while they work on {call[2][0].uri} and {len(call[2]) - 1} more images, though each"
-                " can be decoded: give workers more memory, or set a smaller --batch-size or --part-size"
-            )
+            raise StoreRunError(Problem.WORKERS_DIE, call[2][0].uri, len(call[2]) - 1)
         return report

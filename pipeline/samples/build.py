@@ -28,6 +28,7 @@ from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import Part, neighbours, num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
@@ -277,7 +278,7 @@ def day_of(text: str, option: str) -> int:
     try:
         moment = datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
-        raise SampleOptionError(f"{option} {text}: write days as 2026-03-20, with commas between them") from None
+        raise SampleOptionError(Problem.NOT_A_DAY, option, text) from None
     return int(moment.timestamp()) // DAY_S
 
 
@@ -294,7 +295,7 @@ def check_test_options(options: SampleOptions) -> None:
     asked = {"test_days": options.test_days, "test_from": options.test_from, "test_share": options.test_share}
     given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value != getattr(SampleOptions, name)]
     if len(given) > 1:
-        raise SampleOptionError(f"give one of {' and '.join(given)}")
+        raise SampleOptionError(Problem.GIVE_ONE, " and ".join(given))
     if options.test_from is not None:
         day_of(options.test_from, "--test-from")
 
@@ -314,10 +315,7 @@ def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> i
 def check_train(splits: Collection[str]) -> None:
     """Raise SampleError where nothing is left to train on."""
     if "train" not in splits:
-        raise SampleError(
-            "all impressions are on days for testing: nothing is left to train on; give a log of more days or, by "
-            "--test-days, --test-from or --test-share, fewer days for testing"
-        )
+        raise SampleError(Problem.NOTHING_TO_TRAIN_ON)
 
 
 def write(

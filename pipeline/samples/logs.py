@@ -23,6 +23,7 @@ from featurestore.keys import NO_IMAGE, AnyArray, BoolArray, Float64Array, Int64
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle, near_match
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.problems import Problem
 from pipeline.samples import mapping
 from trainer.schema.profile import CSV_SUFFIXES, SUFFIXES, inner_type, json_hint
 from trainer.schema.suggest import OF_LOG
@@ -114,7 +115,7 @@ def find_pieces(url: str, log: str, layout: mapping.TableLayout, wanted: WantedR
         layout = _with_joins(storage, files[0], layout)
     pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
     if not pieces and wanted is None:
-        raise SampleError(f"{storage.full(layout.files)}: {len(files)} files and not one row")
+        raise SampleError(Problem.EMPTY_FILES, storage.full(layout.files), len(files))
     return pieces
 
 
@@ -123,7 +124,7 @@ def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[s
     files = _files(storage, layout.files, SUFFIXES if layout.takes_text else SUFFIXES[:1])
     if not files:
         if storage.is_local and not Path(storage.url).exists():
-            raise SampleOptionError(f"there is no folder {storage.url}")
+            raise SampleOptionError(Problem.NO_FOLDER, storage.url)
         wanted_there = (
             f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
             if layout.takes_text
@@ -238,10 +239,7 @@ def _without_repetitions(table: pa.Table, layout: mapping.TableLayout, place: st
     differing = [row for row, one, other in zip(again.tolist(), mine, theirs, strict=True) if str(one) != str(other)]
     if differing:
         others = ", ".join(name for ours, name in layout.names.items() if ours != mapping.KEY)
-        raise SampleError(
-            f"{place}: {key} {table.column(key)[differing[0]].as_py()} is in several rows, which differ in {others}; "
-            "leave one of them"
-        )
+        raise SampleError(Problem.ROWS_DIFFER, place, key, table.column(key)[differing[0]].as_py(), others)
     return table.take(np.delete(np.arange(len(table)), again + 1))
 
 
@@ -284,10 +282,7 @@ def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
     """List the file at `place`, or those below it with these endings, but hidden ones. Raises SampleOptionError."""
     found = _names_at(storage, place)
     if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
-        raise SampleOptionError(
-            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; name its own "
-            "folder by files in a mapping"
-        )
+        raise SampleOptionError(Problem.TABLE_OF_LAKE, storage.full(place))
     return [
         path
         for path in found
@@ -315,7 +310,7 @@ def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq
         check_names(parquet)
         return parquet
     except (pa.ArrowException, OSError, StorageError, UnicodeDecodeError) as error:
-        raise SampleError(f"{storage.full(path)}: not readable as Parquet: {error}") from error
+        raise SampleError(Problem.NOT_PARQUET, storage.full(path), error) from error
 
 
 def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
@@ -542,7 +537,7 @@ def _read_table(piece: LogPiece) -> mapping.CsvRows:
         try:
             table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
+            raise SampleError(Problem.UNREADABLE, storage.full(piece.path), error) from error
     return mapping.CsvRows(table, {}, {})
 
 
