@@ -77,8 +77,8 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
             raise FileNotFoundError
         return folder, [folder.entry(name)]
     except FileNotFoundError:
-        absent = f"are no files ending in {suffix}" if suffix else "is nothing"
-        raise VectorsNotFoundError(f"there {absent} at {address}: give the file or folder of your {what}") from None
+        problem = (Problem.NO_FILES_ENDING, suffix) if suffix else (Problem.NOTHING_THERE,)
+        raise VectorsNotFoundError(*problem, address, what) from None
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:
@@ -166,7 +166,7 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
                 raise ValueError(Problem.NPY_OF_RECORDS.of(version))
             shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
         except (ValueError, SyntaxError) as error:
-            raise VectorImportError(Problem.NOT_NPY, address, error) from error
+            raise VectorImportError(Problem.UNREADABLE_AS, address, ".npy", error) from error
         offset = file.tell()
     if len(shape) != 2 or dtype.kind != "f" or 0 in shape:
         raise VectorImportError(Problem.NOT_A_MATRIX, address, dtype, shape)
@@ -196,7 +196,7 @@ def _names_of_rows(address: str) -> tuple[Int64Array | list[str], str]:
     try:
         keys_N = read_npy(data)
     except ValueError as error:
-        raise VectorImportError(Problem.NOT_NPY, address, error) from error
+        raise VectorImportError(Problem.UNREADABLE_AS, address, ".npy", error) from error
     if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
         raise VectorImportError(Problem.NOT_INT64_KEYS, address, keys_N.dtype, keys_N.shape)
     return keys_N.astype(np.int64), fingerprint
@@ -292,7 +292,7 @@ def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
             metadata = file.metadata
             return file.schema_arrow, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise VectorImportError(Problem.NOT_PARQUET, storage.full(path), error) from error
+        raise VectorImportError(Problem.UNREADABLE_AS, storage.full(path), "Parquet", error) from error
 
 
 def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> "list[VectorSlice]":
@@ -415,7 +415,7 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
     if torn:
         raise VectorImportError(Problem.TORN_FILES, len(torn), len(used), torn[0], record.itemsize, dim)
     if not slices:
-        raise VectorImportError(Problem.ONLY_EMPTY_VECTORS, len(used), address)
+        raise VectorImportError(Problem.ONLY_EMPTY_FILES, address)
     return VectorSource(dim, tuple(slices), fingerprint_of(storage, used))
 
 

@@ -45,12 +45,7 @@ class UnitReport(store_run.StagedReport):
 
 
 def stage_unit(
-    store: FeatureStore,
-    version: int,
-    run_id: str,
-    unit: str,
-    slices: Sequence[VectorSlice],
-    rows: int,
+    store: FeatureStore, version: int, run_id: str, unit: str, slices: Sequence[VectorSlice], rows: int
 ) -> UnitReport:
     """Stage what `slices` have that snapshot `version` has not, in parts of about `rows` rows.
 
@@ -173,8 +168,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     num_rows = sum(report.num_rows for report in reports.values())
     bad = tuple(row for report in reports.values() for row in report.bad)
     if len(bad) == num_rows:
-        reasons = f": {store_run.describe_bad(bad)}" if bad else ""
-        raise VectorImportError(Problem.NO_USABLE_ROW, num_rows, reasons)
+        raise VectorImportError(Problem.NO_USABLE_ROW, num_rows, store_run.describe_bad(bad))
     run.parts = [part for report in reports.values() for part in report.parts]
     run.num_rows = int(np.count_nonzero(good["state"] != UNCHANGED))
     keys, first = np.unique(good["key"], return_index=True)

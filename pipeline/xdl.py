@@ -347,9 +347,8 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)
         if not summary["train"]["samples"]:
-            raise SampleError(
-                Problem.NO_GOOD_LINE, options.source, summary["lines"], bad_reasons(summary["quarantined"], {})
-            )
+            reasons = bad_reasons(summary["quarantined"], {})
+            raise SampleError(Problem.NO_GOOD_LINE, options.source, summary["lines"], reasons)
         bad = [row for each in written for row in each.bad]
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), new.folder / QUARANTINE_FILE)
         write_suggested(new.folder, options.samples)

@@ -171,7 +171,7 @@ def _attempt(packed: bytes) -> Any:
 
 def _result(future: Future[Any]) -> Any:
     if future.status == "cancelled":
-        raise errors.ClusterError(errors.SCHEDULER_LOST)
+        raise errors.ClusterError(Problem.SCHEDULER_LOST)
     error = future.exception()
     if isinstance(error, KilledWorker):
         return Killed()
@@ -265,7 +265,7 @@ def _loss_named() -> Iterator[None]:
     try:
         yield
     except (CommClosedError, CancelledError, ClosedClientError) as error:
-        raise errors.ClusterError(errors.SCHEDULER_LOST) from error
+        raise errors.ClusterError(Problem.SCHEDULER_LOST) from error
     finally:
         log.setLevel(level)
 
@@ -295,7 +295,9 @@ def address_in_file(path: Path, timeout_s: float) -> str:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"not a scheduler file: {error!r}"
         if time.monotonic() > deadline:
-            raise errors.SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
+            raise errors.SchedulerUnreachableError(
+                Problem.NO_SCHEDULER, f"the one of {path}", f"{reason}, after {timeout_s:g} s"
+            )
         time.sleep(0.05)
 
 
@@ -311,10 +313,12 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
     except TypeError as error:  # so says distributed.comm where it has no certificates
         raise errors.ClusterError(Problem.NO_CERTIFICATES, address) from error
     except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
-        raise errors.SchedulerUnreachableError(address, "what answers there is not a scheduler") from error
+        raise errors.SchedulerUnreachableError(
+            Problem.NO_SCHEDULER, address, "what answers there is not a scheduler"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
         reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
-        raise errors.SchedulerUnreachableError(address, reason) from error
+        raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, reason) from error
     with client:
         yield client
 
@@ -398,7 +402,7 @@ def check_address(address: str, insecure: bool = False) -> None:
         host, _ = parse_host_port(location, 0)
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
-        raise errors.SchedulerUnreachableError(address, str(error)) from error
+        raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, error) from error
     if not all(ipaddress.ip_address(sockaddr[0]).is_loopback for *_, sockaddr in found):
         raise errors.InsecureSchedulerError(Problem.INSECURE_SCHEDULER, address, INSECURE_VARIABLE)
 

@@ -100,7 +100,7 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     try:
         store = FeatureStore.open(options.store)
     except StoreNotFoundError as error:
-        raise StoreNotFoundError(f"{error}; crossmedia extract makes one") from error
+        raise StoreNotFoundError(Problem.NO_STORE_YET, options.store) from error
     options = replace(options, weights=check_weights_name(options.weights or _network_of(store.info).weights))
     listing = list_images(options.images)
     store_run.wait_for_worker(client)
@@ -114,7 +114,7 @@ def bring_up_to_date(
     images, snapshot = listing.images, store.snapshot()
     comparison = diff.compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
-    _check_gone(options, len(gone), comparison, f"are not in {options.images}")
+    _check_gone(options, len(gone), comparison, Problem.TOO_MANY_UNLISTED, options.images)
     plan = make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store, snapshot)
     run = ImageRun(client, store, settings, snapshot)
@@ -127,7 +127,7 @@ def bring_up_to_date(
     try:
         if len(bad) == len(images):
             raise StoreRunError(Problem.NO_USABLE_IMAGE, len(bad), store_run.describe_bad(bad))
-        _check_gone(options, len(removed), comparison, "are gone or cannot be decoded any more")
+        _check_gone(options, len(removed), comparison, Problem.TOO_MANY_GONE)
     except StoreRunError:
         store.discard_staging(run.run_id)  # the next run looks at all files again: it may be the decoder that is broken
         raise
@@ -237,14 +237,11 @@ def _spec_of(backbone_name: str, weights: str, precision: Precision) -> Extracto
     return backbone(backbone_name, weights, precision).spec
 
 
-def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, fault: str) -> None:
-    """Raise StoreRunError, which has `fault`, where more than a share of the store's rows would vanish."""
+def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, *problem: str) -> None:
+    """Raise StoreRunError of `problem`, with a value of it, where more than a share of the rows would vanish."""
     if num_gone > options.max_gone * comparison.num_stored:
-        raise StoreRunError(
-            f"{num_gone:,} of the {comparison.num_stored:,} rows in {options.store} {fault}, more than a share of"
-            f" {options.max_gone:g}: is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1"
-            " allows it"
-        )
+        what, *about = problem
+        raise StoreRunError(what, num_gone, comparison.num_stored, options.store, *about, options.max_gone)
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:

@@ -182,8 +182,7 @@ def _mapped(batches: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        folder, reason = tempfile.gettempdir(), error.strerror or error
-        raise SourceError(Problem.NO_ROOM_FOR_LISTING, folder, reason) from error
+        raise SourceError(Problem.NO_ROOM_FOR_LISTING, tempfile.gettempdir(), error.strerror or error) from error
     reader = pa.ipc.open_file(pa.py_buffer(mapped))
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
@@ -267,8 +266,7 @@ def _list_folder(files: Iterable[FoundFile], folder: str, address: str) -> Listi
 
     table = ImageTable.of(images(), f"{folder.rstrip('/')}/", by_uri=True)
     if not len(table):
-        ignored = f" ({num_ignored} other files)" if num_ignored else ""
-        raise SourceNotFoundError(Problem.NO_IMAGES, address, ignored, ", ".join(IMAGE_EXTENSIONS))
+        raise SourceNotFoundError(Problem.NO_IMAGES, address, num_ignored, ", ".join(IMAGE_EXTENSIONS))
     return Listing(table, num_ignored)
 
 
@@ -351,7 +349,7 @@ def _list_table(address: str) -> Listing:
     name = next(name for name in ("key", "id", "uri") if name in table.column_names)
     names = _column(table, name, pa.int64() if name == "key" else pa.string(), address)
     if not len(uris):
-        raise SourceError(Problem.EMPTY_TABLE, address)
+        raise SourceError(Problem.NO_ROWS, address)
     folder = address.rpartition("/")[0]
 
     def images() -> Iterator[ImageRef]:
@@ -378,7 +376,7 @@ def _read_table(address: str) -> pa.Table:
             types = pa.csv.ConvertOptions(column_types={"id": pa.string(), "uri": pa.string(), "key": pa.int64()})
             if long := long_rows(data, ","):
                 line = min(each.line for each in long.values())
-                raise CsvTextError(f"line {line}: a value in quotes has several lines, and no key or uri has; close it")
+                raise CsvTextError(Problem.QUOTED_LINES.of(line))
             data.seek(0)
             table = pa.csv.read_csv(data, convert_options=types)
         else:
@@ -387,7 +385,7 @@ def _read_table(address: str) -> pa.Table:
     except FileNotFoundError as error:
         raise SourceNotFoundError(Problem.NO_IMAGE_TABLE, address) from error
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise SourceError(Problem.TABLE_UNREAD, address, one_line(error)) from error
+        raise SourceError(Problem.UNREADABLE, address, one_line(error)) from error
     if "uri" not in table.column_names:
         raise SourceError(Problem.NO_URI_COLUMN, address)
     return table

@@ -256,9 +256,9 @@ class Network:
         pixels_BCHW = _pixels_without_values(self.preset)
         shape = _shape(self.layers.extractor(pixels_BCHW)[self.layer])
         if not _is_vector(shape):
-            gives = f"{tuple(shape[1:])} per image, not one vector" if shape else "no tensor"
+            gives = tuple(shape[1:]) if shape else "no tensor"
             near = _vector_layers(_without_memory(self.model, self.preset), self.model, pixels_BCHW)
-            raise BackboneError(f"backbone {self.name!r}: {self.layer} gives {gives}. {near}")
+            raise BackboneError(Problem.NOT_ONE_VECTOR, self.name, self.layer, gives, near)
         return shape[1]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -292,9 +292,10 @@ def network_of(name: str, weights: str) -> Network:
     input_name, names = _node_names(whole)
     layer = next((node for node in reversed(names) if query and (node + ".").startswith(query + ".")), None)
     if layer is None:
-        missing = f"has no layer {query!r}{_near(query, names)}" if query else "is a model: name one of its layers too"
         near = _vector_layers(whole, model, _pixels_without_values(_preset(entry)))
-        raise BackboneError(f"backbone {name!r}: {model} {missing}. {near}")
+        if not query:
+            raise BackboneError(Problem.LAYER_NEEDED, name, model, near)
+        raise BackboneError(Problem.NO_SUCH_LAYER, name, model, query, _near(query, names), near)
     return Network(name, model, layer, entry, Layers(_up_to(whole, input_name, [layer]), layer))
 
 
@@ -527,14 +528,12 @@ def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Te
     expected = network.tensors()
     missing = [name for name in expected if name not in found]
     if missing:
-        model = network.model
-        raise WeightsError(Problem.OTHER_MODEL, where, model, ", ".join(missing[:3]))
+        raise WeightsError(Problem.OTHER_MODEL, where, network.model, ", ".join(missing[:3]))
     state = {}
     for name, like in expected.items():
         tensor = found[name].float() if found[name].is_floating_point() else found[name]
         if tensor.shape != like.shape:
-            shape = tuple(tensor.shape)
-            raise WeightsError(Problem.WRONG_SHAPE, where, name, shape, tuple(like.shape))
+            raise WeightsError(Problem.WRONG_SHAPE, where, name, tuple(tensor.shape), tuple(like.shape))
         if not tensor.isfinite().all():
             raise WeightsError(Problem.NOT_FINITE, where, name)
         state[name] = tensor

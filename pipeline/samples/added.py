@@ -79,11 +79,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
     with (
         build.open_tables(options) as tables,
         replaced_files(
-            options.samples,
-            before=before,
-            spared=tables.spared,
-            scratch=options.scratch,
-            keep_days=options.keep_days,
+            options.samples, before=before, spared=tables.spared, scratch=options.scratch, keep_days=options.keep_days
         ) as new,
     ):
         folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
@@ -120,7 +116,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
 def _asked(options: SampleOptions) -> "set[int] | int":
     """Return the days that are asked for, or the first of them."""
     if options.days is not None and options.since is not None:
-        raise SampleOptionError("give one of --days and --since")
+        raise SampleOptionError(Problem.GIVE_ONE, "--days and --since")
     if options.days is not None:
         return {build.day_of(each, "--days") for each in options.days.split(",")}
     return build.day_of(options.since or "", "--since")
@@ -268,7 +264,7 @@ def _made_groups(
         lengthened = {day for day, each in reached.items() if each}
         if not may_lack and (without := asked - days - set().union(*reached.values())):
             names = ", ".join(groups.name_of_day(day) for day in sorted(without))
-            raise SampleError(f"{tables.options.logs}/{IMPRESSIONS}: no impressions on {names}")
+            raise SampleError(Problem.NO_IMPRESSIONS, tables.options.logs, names)
         days |= lengthened & known
         # Late rows may have taken groups of a later day into theirs.
         days |= {each for day in days for each in range(day + 1, latest[day] // groups.DAY + 1)} & known

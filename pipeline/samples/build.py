@@ -183,21 +183,22 @@ def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
     """Explain why the impressions have not one good row, clicks of a table of events aside."""
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     events = sum((part.other_events for part in shown), Counter[str]())
-    texts = [f"not one good row with a value of where; other events are {', '.join(events)}"] if events else []
-    if reasons:
-        examples = examples_of(shown)
-        listed = bad_reasons(dict(reasons.most_common(3)), examples)
-        time = next((reason for reason in reasons if reason.startswith("timestamp")), None)
-        hint = f"; {how_times(examples.get(time, ''))}" if time else ""
-        texts.append(f"{'' if events else 'all '}{reasons.total():,} rows are bad ({listed}){hint}")
-    return SampleError(f"{place}, {logs.IMPRESSIONS}: {'; '.join(texts) or 'not one row'}")
+    if not events and not reasons:
+        return SampleError(Problem.NO_ROWS, f"{place}, {logs.IMPRESSIONS}")
+    examples = examples_of(shown)
+    listed = bad_reasons(dict(reasons.most_common(3)), examples)
+    time = next((reason for reason in reasons if reason.startswith("timestamp")), None)
+    hint = how_times(examples.get(time, "")) if time else ""
+    if not events:
+        return SampleError(Problem.ALL_ROWS_BAD, place, reasons.total(), listed, hint)
+    bad = f"; {reasons.total():,} rows are bad ({listed}){hint}" if reasons else ""
+    return SampleError(Problem.NO_ROW_OF_WHERE, place, ", ".join(events), bad)
 
 
 def how_times(example: str) -> str:
     """Say how a mapping tells the form of times such as the example, which is in quotes."""
     fitting = [f'"{form}"' for form in TIME_FORMATS if is_time(example.strip("'"), form)]
-    forms = " or ".join(fitting) or '"%d/%m/%Y %H:%M:%S"'
-    return f"say in the mapping how times are written: time_format: {forms} (as of strptime), or time_unit: ms"
+    return Problem.TIME_FORM_NEEDED.of(" or ".join(fitting) or '"%d/%m/%Y %H:%M:%S"')
 
 
 def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Client) -> int:
@@ -207,11 +208,7 @@ def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Clie
 
 
 def shuffle(
-    client: Client,
-    pieces: Sequence[logs.LogPiece],
-    scratch: Path,
-    num_buckets: int,
-    options: SampleOptions,
+    client: Client, pieces: Sequence[logs.LogPiece], scratch: Path, num_buckets: int, options: SampleOptions
 ) -> dict[str, list[groups.ShuffledPiece]]:
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)

@@ -46,7 +46,6 @@ WANTED = {
     "dense": "a number",
     "event": "a text or a whole number",
 }
-HOW_TO_MAP = "crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml"
 _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
@@ -125,14 +124,9 @@ def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[s
     if not files:
         if storage.is_local and not Path(storage.url).exists():
             raise SampleOptionError(Problem.NO_FOLDER, storage.url)
-        wanted_there = (
-            f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
-            if layout.takes_text
-            else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/, or a mapping: "
-            + HOW_TO_MAP.format(logs=storage.url)
-        )
+        problem = (Problem.NO_MAPPED_FILES, log) if layout.takes_text else (Problem.NO_LOG_FILES, storage.url)
         hint = json_hint(_names_at(storage, layout.files))
-        raise SampleOptionError(f"{storage.full(layout.files)}: {wanted_there}{hint}")
+        raise SampleOptionError(problem[0], storage.full(layout.files), problem[1], hint)
     return files
 
 
@@ -310,7 +304,7 @@ def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq
         check_names(parquet)
         return parquet
     except (pa.ArrowException, OSError, StorageError, UnicodeDecodeError) as error:
-        raise SampleError(Problem.NOT_PARQUET, storage.full(path), error) from error
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "Parquet", error) from error
 
 
 def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
@@ -352,19 +346,20 @@ def _times(file: pq.ParquetFile, group: int, piece: LogPiece) -> tuple[int, int]
 
 
 def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
-    where = f"{Storage(piece.url).full(piece.path)}: column"
+    where, takes_text = Storage(piece.url).full(piece.path), piece.layout.takes_text
+    hint = "" if takes_text else Problem.MAPPING_NEEDED.of(piece.url)
     for ours, kind in piece.layout.kinds.items():
         name = piece.layout.names[ours]
         if name not in schema.names:
-            key = _key_of(ours, piece)
-            raise SampleOptionError(f"{where} {name!r}{key} is missing; {near_match(name, schema.names)}{_hint(piece)}")
+            near = near_match(name, schema.names)
+            raise SampleOptionError(Problem.COLUMN_MISSING, where, name, _key_of(ours, piece), near, hint)
         if schema.names.count(name) > 1:
-            raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
+            raise SampleError(Problem.REPEATED_COLUMN, where, name, schema.names.count(name))
         found = schema.field(name).type
         is_list = kind == "profiles" and ours not in piece.layout.separators
-        if not (_is_id_list(found) if is_list else _fits(found, kind, piece.layout.takes_text)):
-            or_text = ", or text" if piece.layout.takes_text and kind not in ("image", "profiles") else ""
-            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}{_hint(piece)}")
+        if not (_is_id_list(found) if is_list else _fits(found, kind, takes_text)):
+            or_text = ", or text" if takes_text and kind not in ("image", "profiles") else ""
+            raise SampleError(Problem.WRONG_TYPE, where, name, found, WANTED[kind] + or_text, hint)
 
 
 def _key_of(ours: str, piece: LogPiece) -> str:
@@ -375,13 +370,6 @@ def _key_of(ours: str, piece: LogPiece) -> str:
     keys |= {name: f"user.{name}" for name in piece.layout.user_columns}
     keys |= {name: f"ad.{name}" for name in piece.layout.ad_columns}
     return f" ({piece.log}.{keys.get(ours, f'columns.{ours}')} of the mapping)"
-
-
-def _hint(piece: LogPiece) -> str:
-    """Explain how tables of other names and types are read, unless a mapping was given."""
-    if piece.layout.takes_text:
-        return ""
-    return f"; columns of other names or types need a mapping: {HOW_TO_MAP.format(logs=piece.url)}"
 
 
 def _is_id_list(found: pa.DataType) -> bool:
@@ -563,7 +551,7 @@ def _column(
     """
     column: Any = table.column(layout.names[name])
     if layout.kinds[name] == "image":
-        keys_N, names_of_images = _images(column, f"{where}: column {layout.names[name]!r}")
+        keys_N, names_of_images = _images(column, where, layout.names[name])
         if names is not None:
             names.append(names_of_images)
         return keys_N, {}
@@ -599,13 +587,13 @@ def _arrays(
     return value_N, {} if kind == "profile" else null
 
 
-def _images(column: Any, where: str) -> tuple[Int64Array, pa.Table]:
+def _images(column: Any, where: str, name: str) -> tuple[Int64Array, pa.Table]:
     """Read the key of each image, NO_IMAGE where it is null or has no name, and the names that rows have, each once."""
     is_encoded = pa.types.is_dictionary(column.type)
     if column.null_count == len(column):
         return np.full(len(column), NO_IMAGE), NAMES.empty_table()
     if pa.types.is_floating(column.type):
-        raise SampleError(f"{where} is {column.type}, wanted is {WANTED[mapping.IMAGE]}")
+        raise SampleError(Problem.WRONG_TYPE, where, name, column.type, WANTED[mapping.IMAGE], "")
     if pa.types.is_integer(column.type.value_type if is_encoded else column.type):
         return column.cast(pa.int64()).fill_null(NO_IMAGE).to_numpy(), NAMES.empty_table()
     if not is_encoded:

@@ -332,7 +332,7 @@ def load_mapping(path: Path) -> LogMapping:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise SampleOptionError(Problem.NO_MAPPING_FILE, path) from error
     except (OSError, ValueError) as error:
-        raise SampleOptionError(Problem.MAPPING_UNREAD, path, error) from error
+        raise SampleOptionError(Problem.UNREADABLE_AS, path, "YAML", error) from error
 
 
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
@@ -353,15 +353,10 @@ def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
     def parse(text: str) -> int:
         number = id_of_text(text)
         if texts is not None and str(number) != text and texts.setdefault(number, text) != text:
-            raise two_texts(number, texts[number], text)
+            raise SampleError(Problem.ID_OF_TWO_TEXTS, number, texts[number], text)
         return number
 
     return _each(column, parse, np.int64)
-
-
-def two_texts(number: int, first: str, second: str) -> SampleError:
-    """Return the error that two texts have one id."""
-    return SampleError(Problem.ID_OF_TWO_TEXTS, number, first, second)
 
 
 def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> AnyArray:
@@ -443,14 +438,14 @@ def csv_beginning(storage: Storage, path: str, given: CsvSettings) -> tuple[CsvS
         style = find_style(beginning, **given.model_dump())
         return style, first_rows(beginning, style, _FIRST_ROWS)
     except (OSError, StorageError, CsvTextError) as error:
-        raise SampleError(Problem.NOT_CSV, storage.full(path), error) from error
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "CSV", error) from error
 
 
 def csv_names(storage: Storage, path: str, style: CsvStyle) -> list[str]:
     """Read the names in the file's first line. Raises SampleError."""
     rows = csv_beginning(storage, path, CsvSettings(**asdict(style)))[1]
     if not rows:
-        raise SampleError(Problem.EMPTY_CSV, storage.full(path))
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "CSV", "it is empty, without a line of names")
     return rows[0]
 
 
@@ -485,13 +480,10 @@ def read_csv(storage: Storage, path: str, names: Sequence[str], style: CsvStyle)
                 parse_options=_parse(style.delimiter, torn),
                 convert_options=convert,
             )
-    except CsvTextError as error:
-        raise SampleError(Problem.CSV_LINE_UNREAD, storage.full(path), error) from error
-    except (OSError, StorageError) as error:
-        raise SampleError(Problem.NOT_CSV, storage.full(path), error) from error
+    except (OSError, StorageError, CsvTextError) as error:
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "CSV", error) from error
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        hint = f"where it is not {style.encoding}, say so in the mapping, as csv: {{encoding: latin-1}}"
-        raise SampleError(f"{storage.full(path)}: {error}; {hint}") from error
+        raise SampleError(Problem.WRONG_ENCODING, storage.full(path), error, style.encoding) from error
     return CsvRows(table, torn, {row: SWALLOWED for row, each in long.items() if each.swallowed and row not in torn})
 
 

@@ -77,7 +77,7 @@ def replaced_files(
             yield new
             _publish(place, new, before is not None)
     except OSError as error:
-        raise SampleError(Problem.SAMPLES_NOT_MADE, target, error or type(error).__name__) from error
+        raise SampleError(Problem.SAMPLES_NOT_MADE, target, str(error) or type(error).__name__) from error
     versions.expire(place, keep_days * _DAY_S)
 
 
@@ -99,7 +99,7 @@ def _next_to(name: str, before: Storage | None, spared: Mapping[str, str]) -> It
             _check_replaceable(target)
             _swap(folder, target)
     except OSError as error:
-        raise SampleError(Problem.SAMPLES_NOT_MADE, target, error or type(error).__name__) from error
+        raise SampleError(Problem.SAMPLES_NOT_MADE, target, str(error) or type(error).__name__) from error
 
 
 def _inode(folder: Storage) -> int | None:
@@ -149,7 +149,7 @@ def _building(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _check_named(target: str, spared: Mapping[str, str]) -> None:
     if not target.strip() or "\0" in target:
-        raise SampleOptionError(Problem.NO_FOLDER_NAME, target)
+        raise SampleOptionError(Problem.NOT_A_FOLDER, target)
     place = Path(os.path.realpath(target))  # not Path.resolve, which raises for a circle on Python 3.11
     if Path.cwd().is_relative_to(place):
         raise SampleOptionError(Problem.OWN_FOLDER, target)
@@ -162,7 +162,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise SampleOptionError(Problem.FILE_THERE, target)
+        raise SampleOptionError(Problem.NOT_A_FOLDER, str(target))
     _check_samples(str(target), {path.name for path in target.iterdir()})
 
 
