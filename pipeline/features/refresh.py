@@ -237,11 +237,12 @@ def _spec_of(backbone_name: str, weights: str, precision: Precision) -> Extracto
     return backbone(backbone_name, weights, precision).spec
 
 
-def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, *problem: str) -> None:
-    """Raise StoreRunError of `problem`, with a value of it, where more than a share of the rows would vanish."""
+def _check_gone(
+    options: RefreshOptions, num_gone: int, comparison: diff.Comparison, problem: Problem, *about: str
+) -> None:
+    """Raise StoreRunError of `problem`, with `about` in it, where more than a share of the rows would vanish."""
     if num_gone > options.max_gone * comparison.num_stored:
-        what, *about = problem
-        raise StoreRunError(what, num_gone, comparison.num_stored, options.store, *about, options.max_gone)
+        raise StoreRunError(problem, num_gone, comparison.num_stored, options.store, *about, options.max_gone)
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:

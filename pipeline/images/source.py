@@ -394,8 +394,7 @@ def _read_table(address: str) -> pa.Table:
 def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> Any:
     """Read a column as an Arrow array. Raises SourceError where it is of another kind or has gaps."""
     column = table.column(name)
-    fits = (pa.types.is_integer if pa.types.is_integer(wanted) else is_text)(column.type)
-    if not fits:
+    if not (pa.types.is_integer if pa.types.is_integer(wanted) else is_text)(column.type):
         way_out = "; use the name key for int64 keys" if name == "id" and pa.types.is_integer(column.type) else ""
         raise SourceError(Problem.WRONG_TYPE, address, name, column.type, wanted, way_out)
     if column.null_count:

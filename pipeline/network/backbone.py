@@ -321,8 +321,9 @@ def _known_entry(name: str, weights: str) -> Any:
         return entries.DEFAULT
     wanted = weights.removeprefix("imagenet:")
     if wanted not in entries.__members__:
-        there = ", ".join(f"imagenet:{entry.name}" for entry in entries)
-        raise WeightsError(Problem.NO_SUCH_ENTRY, weights, model, there)
+        raise WeightsError(
+            Problem.NO_SUCH_ENTRY, weights, model, ", ".join(f"imagenet:{each.name}" for each in entries)
+        )
     return entries[wanted]
 
 
