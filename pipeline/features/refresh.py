@@ -114,7 +114,7 @@ def bring_up_to_date(
     images, snapshot = listing.images, store.snapshot()
     comparison = diff.compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
-    _check_gone(options, len(gone), comparison, Problem.TOO_MANY_UNLISTED, options.images)
+    _check_gone(options, len(gone), comparison.num_stored, Problem.TOO_MANY_UNLISTED, options.images)
     plan = make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store, snapshot)
     run = ImageRun(client, store, settings, snapshot)
@@ -127,7 +127,7 @@ def bring_up_to_date(
     try:
         if len(bad) == len(images):
             raise StoreRunError(Problem.NO_USABLE_IMAGE, len(bad), store_run.describe_bad(bad))
-        _check_gone(options, len(removed), comparison, Problem.TOO_MANY_GONE)
+        _check_gone(options, len(removed), comparison.num_stored, Problem.TOO_MANY_GONE)
     except StoreRunError:
         store.discard_staging(run.run_id)  # the next run looks at all files again: it may be the decoder that is broken
         raise
@@ -237,12 +237,10 @@ def _spec_of(backbone_name: str, weights: str, precision: Precision) -> Extracto
     return backbone(backbone_name, weights, precision).spec
 
 
-def _check_gone(
-    options: RefreshOptions, num_gone: int, comparison: diff.Comparison, problem: Problem, *about: str
-) -> None:
+def _check_gone(options: RefreshOptions, num_gone: int, num_stored: int, problem: Problem, *about: str) -> None:
     """Raise StoreRunError of `problem`, with `about` in it, where more than a share of the rows would vanish."""
-    if num_gone > options.max_gone * comparison.num_stored:
-        raise StoreRunError(problem, num_gone, comparison.num_stored, options.store, *about, options.max_gone)
+    if num_gone > options.max_gone * num_stored:
+        raise StoreRunError(problem, num_gone, num_stored, options.store, *about, options.max_gone)
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:

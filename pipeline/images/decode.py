@@ -150,9 +150,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise BadImageError(Problem.TOO_LARGE, width, height, MAX_PIXELS)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImageError(Problem.TOO_LARGE, *size, MAX_PIXELS)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -233,7 +233,7 @@ def read_image(location: str, most_bytes: int | None = None) -> bytes:
     except FileNotFoundError as error:
         raise BadImageError(Problem.NO_SUCH_FILE) from error
     except FeatureStoreError as error:
-        raise BadImageError(str(error)) from error
+        raise BadImageError(*error.args) from error
 
 
 def _place_of(address: str) -> tuple[Storage, str]:

@@ -321,9 +321,8 @@ def _known_entry(name: str, weights: str) -> Any:
         return entries.DEFAULT
     wanted = weights.removeprefix("imagenet:")
     if wanted not in entries.__members__:
-        raise WeightsError(
-            Problem.NO_SUCH_ENTRY, weights, model, ", ".join(f"imagenet:{each.name}" for each in entries)
-        )
+        known = ", ".join(f"imagenet:{entry.name}" for entry in entries)
+        raise WeightsError(Problem.NO_SUCH_ENTRY, weights, model, known)
     return entries[wanted]
 
 

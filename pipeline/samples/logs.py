@@ -125,8 +125,8 @@ def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[s
         if storage.is_local and not Path(storage.url).exists():
             raise SampleOptionError(Problem.NO_FOLDER, storage.url)
         problem = (Problem.NO_MAPPED_FILES, log) if layout.takes_text else (Problem.NO_LOG_FILES, storage.url)
-        hint = json_hint(_names_at(storage, layout.files))
-        raise SampleOptionError(problem[0], storage.full(layout.files), problem[1], hint)
+        where, found = storage.full(layout.files), _names_at(storage, layout.files)
+        raise SampleOptionError(problem[0], where, problem[1], json_hint(found))
     return files
 
 
