@@ -313,11 +313,9 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
     except TypeError as error:  # so says distributed.comm where it has no certificates
         raise errors.ClusterError(Problem.NO_CERTIFICATES, address) from error
     except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
-        raise errors.SchedulerUnreachableError(
-            Problem.NO_SCHEDULER, address, "what answers there is not a scheduler"
-        ) from error
+        raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, Problem.NOT_A_SCHEDULER) from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
-        reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
+        reason = str(error) or Problem.SILENT.of(2 * timeout_s)  # wait_for's TimeoutError has no text
         raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, reason) from error
     with client:
         yield client

@@ -210,7 +210,7 @@ def list_images(address: str) -> Listing:
     with _disk_errors(address):
         is_there, is_folder = Path(storage.url).exists(), Path(storage.url).is_dir()
     if not is_there:
-        raise SourceNotFoundError(Problem.NO_IMAGE_FOLDER, address)
+        raise SourceNotFoundError(Problem.NO_IMAGES_THERE, address)
     if is_folder:
         return _list_folder(_local_files(storage.url, address), storage.url, address)
     if is_table:
@@ -375,15 +375,14 @@ def _read_table(address: str) -> pa.Table:
             # As text: type inference would make numbers of ids such as "007".
             types = pa.csv.ConvertOptions(column_types={"id": pa.string(), "uri": pa.string(), "key": pa.int64()})
             if long := long_rows(data, ","):
-                line = min(each.line for each in long.values())
-                raise CsvTextError(Problem.QUOTED_LINES.of(line))
+                raise CsvTextError(Problem.QUOTED_LINES.of(min(each.line for each in long.values())))
             data.seek(0)
             table = pa.csv.read_csv(data, convert_options=types)
         else:
             present = pa.parquet.read_schema(data).names
             table = pa.parquet.read_table(data, columns=[name for name in wanted if name in present])
     except FileNotFoundError as error:
-        raise SourceNotFoundError(Problem.NO_IMAGE_TABLE, address) from error
+        raise SourceNotFoundError(Problem.NO_IMAGES_THERE, address) from error
     except (pa.ArrowException, ValueError, OSError) as error:
         raise SourceError(Problem.UNREADABLE, address, one_line(error)) from error
     if "uri" not in table.column_names:

@@ -185,8 +185,7 @@ def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
     events = sum((part.other_events for part in shown), Counter[str]())
     if not events and not reasons:
         return SampleError(Problem.NO_ROWS, f"{place}, {logs.IMPRESSIONS}")
-    examples = examples_of(shown)
-    listed = bad_reasons(dict(reasons.most_common(3)), examples)
+    listed = bad_reasons(dict(reasons.most_common(3)), examples := examples_of(shown))
     time = next((reason for reason in reasons if reason.startswith("timestamp")), None)
     hint = how_times(examples.get(time, "")) if time else ""
     if not events:
