@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
