@@ -122,6 +122,7 @@ class Problem(Sentences):
     SAME_COLUMN_NAMES = "fields {value} do not make different column names"
     SAMPLES_NOT_MADE = "cannot make the samples in {where}: {reason}"
     SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command again to continue"
+    SEVERAL_CLUSTERS = "--scheduler, --scheduler-file, and -n, --threads-per-worker, --memory-limit (a local cluster) exclude each other; give one of the three"
     SEVERAL_RANKS = "--model {where} is scored on one rank, not {value}; start no ranks"
     SILENT = "it says nothing for {limit_s:g} s"
     SPLIT_OF_NO_LIST = "split is for kind multi_id, not {value}"

@@ -157,10 +157,7 @@ def _environment(options: Mapping[str, Any]) -> dict[str, str]:
     local = {name: options[name] for name in ("workers", "threads_per_worker", "memory_limit")}
     is_local = any(value is not None for value in local.values())
     if (scheduler is not None) + (file is not None) + is_local > 1:
-        raise click.UsageError(
-            "--scheduler, --scheduler-file, and -n, --threads-per-worker, --memory-limit (a local cluster) exclude "
-            "each other; give one of the three"
-        )
+        raise click.UsageError(Problem.SEVERAL_CLUSTERS.of())
     address = scheduler
     if file is not None:
         address = tasks.address_in_file(file, timeout_s)

@@ -108,7 +108,7 @@ def parsed(words: list[str]) -> None:
     [
         (["trian"], r"^error: No such command 'trian'\. Did you mean 'train'\? \(see crossmedia --help\)$"),
         (["extract", "--memory-limit", "1B"], f"--memory-limit.*{told(Problem.TOO_LITTLE_MEMORY, value='1B')}"),
-        (["extract", "-n", "2", "--scheduler", "tcp://127.0.0.1:1"], "--scheduler.*exclude each other"),
+        (["extract", "-n", "2", "--scheduler", "tcp://127.0.0.1:1"], f"--scheduler.*{told(Problem.SEVERAL_CLUSTERS)}"),
     ],
 )
 def test_a_wrong_line_is_one_message(
@@ -164,9 +164,8 @@ def test_a_job_runs_on_a_local_cluster_of_its_own_options_and_by_dask_submit(tmp
     """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
     done = started("samples", "-n", "1", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
     assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 1, threads 1\n", done.stderr)
-    assert done.returncode == 2 and re.search(
-        f"^error: {told(Problem.NO_FOLDER, where='missing')}", done.stderr, re.MULTILINE
-    )
+    missing = told(Problem.NO_FOLDER, where=tmp_path / "missing")
+    assert done.returncode == 2 and re.search(f"^error: {missing}", done.stderr, re.MULTILINE)
     line = ("-c", "from pipeline.cluster.submit import main; main()")
     words = ("-n", "1", PROGRAM, "samples", "--days", "yesterday")  # which is refused before a cluster starts
     (tmp_path / PROGRAM).mkdir()
