@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
+from benchmarks.problems import Problem
 from benchmarks.report import Figure, JsonPath, Section, write_sections
 from benchmarks.timing import in_turns
 from featurestore.console.commandline import CommandApp, run_app
@@ -212,7 +213,7 @@ def run_extraction(
         client,
     )
     if summary.bad:
-        raise StoreRunError(f"only good images can be timed: {describe_bad(summary.bad)}")
+        raise StoreRunError(Problem.BAD_IMAGES, describe_bad(summary.bad))
 
 
 def cpu_seconds(client: "Client") -> float:

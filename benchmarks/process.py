@@ -15,6 +15,7 @@ from urllib.request import urlopen
 
 import psutil
 
+from benchmarks.problems import Problem
 from featurestore.errors import UserError
 from trainer.launch import ended, free_port
 
@@ -37,7 +38,7 @@ def run_to_end(command: Sequence[str], log: Path) -> list[int]:
         with ended(process), _watched(process.pid) as memory:
             code = process.wait()
     if code:
-        raise RunFailedError(f"{' '.join(command)}\nended with {code}:\n{_tail(log)}")
+        raise RunFailedError(Problem.ENDED, " ".join(command), code, _tail(log))
     return memory
 
 
@@ -106,7 +107,7 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.1)
-    raise RunFailedError(f"a server did not answer at {url}:\n{_tail(log)}")
+    raise RunFailedError(Problem.SERVER_SILENT, url, _tail(log))
 
 
 def _tail(log: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from benchmarks.problems import Problem
 from featurestore.console.files import write_json
 from featurestore.console.output import figure, print_table, text_console
 from featurestore.errors import UserError
@@ -68,7 +69,7 @@ def _writable(path: Path | None) -> Path | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
-            raise UserError(f"cannot write --json {path}: {error}") from error
+            raise UserError(Problem.JSON_NOT_WRITTEN, path, error) from error
     return path
 
 

@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from benchmarks.problems import Problem
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary, progress_bars
 from featurestore.keys import keys_of_uris, shard_of
@@ -104,7 +105,7 @@ def make(folder: Path, knobs: Knobs, progress: Progress) -> Workload:
     if mark.exists():
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
-        raise WorkloadError(f"{folder} is not empty and holds no workload; choose another folder, or empty it")
+        raise WorkloadError(Problem.NOT_A_WORKLOAD, folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text("{}\n")  # a killed run is begun anew
     _write_store(workload, progress)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from crossmedia.problems import Problem
 from featurestore.errors import UserError
 from trainer.launch import ended, free_port
 
@@ -41,7 +42,7 @@ class Scorer:
             answer = self._post(request)
         body = answer.read()
         if answer.status != 200:
-            raise ServerError(f"the scorer answered {answer.status}: {body.decode()}")
+            raise ServerError(Problem.REFUSED, answer.status, body.decode())
         found: dict[str, Any] = json.loads(body)
         return found
 
@@ -64,7 +65,7 @@ def running(
 
     def is_ready() -> bool:
         if (code := process.poll()) is not None:
-            raise ServerError(f"{shown} ended with exit code {code}")
+            raise ServerError(Problem.ENDED, shown, code)
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=10):
             return True
         return False
@@ -136,5 +137,5 @@ def _wait(is_done: Callable[[], bool], limit_s: float, problem: str) -> None:
     start_s = time.monotonic()
     while not is_done():
         if time.monotonic() - start_s > limit_s:
-            raise ServerError(f"{problem} after {limit_s:g} seconds")
+            raise ServerError(Problem.TOO_SLOW, problem, limit_s)
         time.sleep(0.2)

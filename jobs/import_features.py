@@ -6,6 +6,7 @@ import typer
 
 from featurestore.console import commandline, output
 from pipeline.options import ImportOptions, takes_on_cluster
+from pipeline.problems import Problem
 
 if TYPE_CHECKING:
     from pipeline.formats import VectorSource
@@ -43,7 +44,7 @@ def open_source(options: ImportOptions) -> "VectorSource":
 
     address = options.address
     if address.endswith(".npy") != (options.keys is not None):
-        raise typer.BadParameter("a .npy matrix needs its keys, and no other format has any", param_hint="--keys")
+        raise typer.BadParameter(Problem.KEYS_OF_NO_MATRIX.of(), param_hint="--keys")
     if options.keys is not None:
         return formats.plan_matrix(address, options.keys)
     if address.endswith(".parquet") or not formats.looks_like(address):

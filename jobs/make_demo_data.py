@@ -6,6 +6,7 @@ import typer
 
 from featurestore.console import commandline, output
 from pipeline.options import DemoOptions
+from pipeline.problems import Problem
 
 if TYPE_CHECKING:
     from pipeline.demo.make import DemoSummary
@@ -37,11 +38,9 @@ def main(options: DemoOptions) -> None:
 def _check_options(options: DemoOptions) -> None:
     """Raise BadParameter for options that do not go together."""
     if options.images and options.items:
-        raise typer.BadParameter(
-            "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
-        )
+        raise typer.BadParameter(Problem.ONLY_WITH_DRAWN.of(), param_hint="--items")
     if options.labels and not options.images:
-        raise typer.BadParameter("goes with --images", param_hint="--labels")
+        raise typer.BadParameter(Problem.ONLY_WITH_IMAGES.of(), param_hint="--labels")
 
 
 def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:

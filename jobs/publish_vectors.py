@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console import commandline, files, output
+from pipeline.problems import Problem
 from serving.bundle import MODELS
 from trainer.cli import StoreVersion
 
@@ -120,8 +121,7 @@ def store_places(given: list[str], names: list[str]) -> dict[str, str]:
         if name not in names:
             if len(names) != 1 or ("/" not in name and url):
                 raise typer.BadParameter(
-                    f"{each}: the model has vectors of {', '.join(names) or 'no store'}; write NAME=URL",
-                    param_hint="--store",
+                    Problem.NO_SUCH_STORE.of(each, ", ".join(names) or "no store"), param_hint="--store"
                 )
             name, url = names[0], each
         places[name] = url

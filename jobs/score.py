@@ -7,6 +7,7 @@ import typer
 
 from featurestore.console import commandline, files, output
 from featurestore.text import count_text
+from pipeline.problems import Problem
 from trainer.cli import WhichCheckpoint, WhichRun, run_on_ranks
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def main(
 
         if model is not None and samples is not None:
             if comm.size > 1:
-                raise ConfigError(f"--model {model} is scored on one rank, not {comm.size}; start no ranks")
+                raise ConfigError(Problem.SEVERAL_RANKS, model, comm.size)
             from serving.scoring.samples import score_model
 
             written: Written | None = score_model(model, samples, out, version)
@@ -84,12 +85,12 @@ def _check_options(model: str | None, samples: str | None, version: int | None, 
     """Raise BadParameter for options that do not go together."""
     if model is None:
         if version is not None:
-            raise typer.BadParameter("it needs a model; give --model", param_hint="--version")
+            raise typer.BadParameter(Problem.NEEDS_MODEL.of(), param_hint="--version")
         return
     if given := [name for name, value in of_run.items() if value is not None]:
-        raise typer.BadParameter(f"it is of a run; leave it out, or --model {model}", param_hint=given[0])
+        raise typer.BadParameter(Problem.ONLY_OF_RUN.of(model), param_hint=given[0])
     if samples is None:
-        raise typer.BadParameter("required with --model, as a model has no samples of its own", param_hint="--samples")
+        raise typer.BadParameter(Problem.NEEDS_SAMPLES.of(), param_hint="--samples")
 
 
 def summary_text(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:

@@ -1,25 +1,6 @@
-"""The tree of errors that the pipeline raises; all of them survive pickling between Dask workers and the client.
-
-PipelineError
-├── SourceError        the images cannot be listed: a table without the columns needed, a file that cannot be read
-│   └── SourceNotFoundError         no such folder or table, or no image in it
-├── BadImageError      one image cannot be read or decoded; it is quarantined, the run continues
-├── BackboneError      no such network or layer, or one that gives more than a vector per image
-├── WeightsError       the network's weights cannot be had or do not fit
-├── StoreRunError      a job that writes a store failed as a whole
-├── VectorImportError  vectors are not of the promised kind, or cannot be imported
-│   └── VectorsNotFoundError        no such file or folder, or no vectors in it
-├── DemoError          demo data cannot be made from these arguments
-├── ClusterError       no usable Dask cluster: too few workers, no certificates, packages missing
-│   ├── SchedulerUnreachableError   nothing answers at the address
-│   └── InsecureSchedulerError      beyond loopback and without TLS
-└── SampleError        the logs cannot be made into samples
-    └── SampleOptionError           an option makes no sense, or names a missing place
-"""
+"""The tree of errors that the pipeline raises; all of them survive pickling between Dask workers and the client."""
 
 from featurestore.errors import USAGE, UserError
-
-SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command again to continue"
 
 
 class PipelineError(UserError):
@@ -27,7 +8,7 @@ class PipelineError(UserError):
 
 
 class SourceError(PipelineError):
-    """The images cannot be listed."""
+    """The images cannot be listed: a table without the columns needed, a file that cannot be read."""
 
 
 class SourceNotFoundError(SourceError):
@@ -37,7 +18,7 @@ class SourceNotFoundError(SourceError):
 
 
 class BadImageError(PipelineError):
-    """One image cannot be read or decoded; `str(error)` is the reason that goes into quarantine."""
+    """One image cannot be read or decoded: `str(error)` is the reason that goes into quarantine, the run continues."""
 
 
 class BackboneError(PipelineError):
@@ -71,18 +52,11 @@ class DemoError(PipelineError):
 
 
 class ClusterError(PipelineError):
-    """There is no usable Dask cluster."""
+    """There is no usable Dask cluster: too few workers, no certificates, packages missing."""
 
 
 class SchedulerUnreachableError(ClusterError):
     """No scheduler answers at the address."""
-
-    def __str__(self) -> str:
-        address, reason = self.args
-        return (
-            f"no Dask scheduler answers at {address} ({reason}); check the address and that `dask scheduler` runs"
-            " there, or unset DASK_SCHEDULER_ADDRESS and DASK_SCHEDULER_FILE to work on a local cluster"
-        )
 
 
 class InsecureSchedulerError(ClusterError):

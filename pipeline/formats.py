@@ -25,6 +25,7 @@ from featurestore.storage.storage import Storage, file_at
 from pipeline.cluster.tasks import neighbours
 from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.options import XDL_DIM
+from pipeline.problems import Problem
 from pipeline.store_run import BadRow
 
 BLOCK_BYTES = 32 << 20  # of float32: what a task holds a few times
@@ -76,8 +77,8 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
             raise FileNotFoundError
         return folder, [folder.entry(name)]
     except FileNotFoundError:
-        absent = f"are no files ending in {suffix}" if suffix else "is nothing"
-        raise VectorsNotFoundError(f"there {absent} at {address}: give the file or folder of your {what}") from None
+        problem = (Problem.NO_FILES_ENDING, suffix) if suffix else (Problem.NOTHING_THERE,)
+        raise VectorsNotFoundError(*problem, address, what) from None
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:
@@ -129,7 +130,7 @@ class RecordSlice:
             for first in range(0, self.num_rows, block_rows):
                 size_bytes = min(block_rows, self.num_rows - first) * self.record.itemsize
                 if len(data := file.read(size_bytes)) != size_bytes:
-                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
+                    raise VectorImportError(Problem.BECAME_SHORTER, self.path)
                 yield self._block(first, np.frombuffer(data, self.record))
 
     def _block(self, first: int, records_N: AnyArray) -> VectorBlock:
@@ -162,22 +163,22 @@ def plan_matrix(address: str, keys_address: str) -> VectorSource:
     with storage.open_input(path) as file:
         try:
             if (version := np.lib.format.read_magic(file)) != (1, 0):
-                raise ValueError(f"format {version} is for arrays of records")
+                raise ValueError(Problem.NPY_OF_RECORDS.of(version))
             shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
         except (ValueError, SyntaxError) as error:
-            raise VectorImportError(f"{address} is not a .npy file: {error}") from error
+            raise VectorImportError(Problem.UNREADABLE_AS, address, ".npy", error) from error
         offset = file.tell()
     if len(shape) != 2 or dtype.kind != "f" or 0 in shape:
-        raise VectorImportError(f"{address} holds {dtype} {shape}, not 2 dimensions of floating point numbers")
+        raise VectorImportError(Problem.NOT_A_MATRIX, address, dtype, shape)
     if is_fortran:
-        raise VectorImportError(f"{address} is stored column by column: save numpy.ascontiguousarray of it")
+        raise VectorImportError(Problem.COLUMN_BY_COLUMN, address)
     num_rows, dim = shape
     size = offset + dtype.itemsize * num_rows * dim
     if entries[0].size_bytes != size:
-        raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
+        raise VectorImportError(Problem.TRUNCATED, address, entries[0].size_bytes, size)
     names, fingerprint = _names_of_rows(keys_address)
     if len(names) != num_rows:
-        raise VectorImportError(f"{keys_address} has {len(names):,} keys and {address} {num_rows:,} rows")
+        raise VectorImportError(Problem.WRONG_NUMBER_OF_KEYS, keys_address, len(names), address, num_rows)
     rows_of = partial(MatrixSlice, url=storage.url, path=path, record=np.dtype((dtype, (dim,))), offset=offset)
     slices = (rows_of(start=start, stop=stop, names=names[start:stop]) for start, stop in _cuts(num_rows, dim))
     return VectorSource(dim, tuple(slices), f"{fingerprint_of(storage, entries)} {fingerprint}")
@@ -191,13 +192,13 @@ def _names_of_rows(address: str) -> tuple[Int64Array | list[str], str]:
         try:
             return data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n"), fingerprint
         except UnicodeDecodeError as error:
-            raise VectorImportError(f"the ids of {address} are not text in UTF-8: {error}") from error
+            raise VectorImportError(Problem.IDS_NOT_UTF8, address, error) from error
     try:
         keys_N = read_npy(data)
     except ValueError as error:
-        raise VectorImportError(f"{address} is not a .npy file: {error}") from error
+        raise VectorImportError(Problem.UNREADABLE_AS, address, ".npy", error) from error
     if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
-        raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
+        raise VectorImportError(Problem.NOT_INT64_KEYS, address, keys_N.dtype, keys_N.shape)
     return keys_N.astype(np.int64), fingerprint
 
 
@@ -242,7 +243,7 @@ class ParquetSlice:
                     yield self._block(batch, first)
                     first += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise VectorImportError(f"{self.path} cannot be read: {error}") from error
+            raise VectorImportError(Problem.UNREADABLE, self.path, error) from error
 
     def _block(self, batch: pa.RecordBatch, first: int) -> VectorBlock:
         reasons_N = np.full(len(batch), "", object)
@@ -277,7 +278,7 @@ def plan_parquet(address: str, dim: int | None, feature: str | None) -> VectorSo
     columns = [_columns(schema, path.path, feature) for path, (schema, _) in zip(entries, footers, strict=True)]
     widths = {each.dim for each in columns if each.dim is not None} | ({dim} if dim else set())
     if len(widths) > 1:
-        raise VectorImportError(f"{address} has features of different widths: {sorted(widths)}")
+        raise VectorImportError(Problem.DIFFERENT_WIDTHS, address, sorted(widths))
     width = widths.pop() if widths else _first_width(storage, [entry.path for entry in entries], columns)
     slices: list[VectorSlice] = []
     for entry, each, (_, counts) in zip(entries, columns, footers, strict=True):
@@ -291,7 +292,7 @@ def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
             metadata = file.metadata
             return file.schema_arrow, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise VectorImportError(f"{storage.full(path)} is not a readable Parquet file: {error}") from error
+        raise VectorImportError(Problem.UNREADABLE_AS, storage.full(path), "Parquet", error) from error
 
 
 def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> "list[VectorSlice]":
@@ -308,19 +309,19 @@ def _columns(schema: pa.Schema, path: str, feature: str | None) -> ParquetColumn
     names = schema.names
     key = next((name for name in ("key", "id") if name in names), None)
     if key is None:
-        raise VectorImportError(f"{path} has no column key (int64) or id (text), only {', '.join(names)}")
+        raise VectorImportError(Problem.NO_KEY_COLUMN, path, ", ".join(names))
     has_ids = key == "id"
     kind = schema.field(key).type
     if not (is_text(kind) if has_ids else pa.types.is_integer(kind) and kind != pa.uint64()):
-        raise VectorImportError(f"{path}: column {key} is {kind}; key has to be int64, and id text")
+        raise VectorImportError(Problem.WRONG_KEY_TYPE, path, key, kind)
     uri = "uri" if "uri" in names and is_text(schema.field("uri").type) else None
     if feature is None:
         found = [name for name in names if _is_vector(schema.field(name).type)]
         feature = "feature" if "feature" in found else found[0] if len(found) == 1 else None
         if feature is None:
-            raise VectorImportError(f"{path}: which column is the feature? --feature-column is one of {found or names}")
+            raise VectorImportError(Problem.WHICH_FEATURE, path, found or names)
     if feature not in names or not _is_vector(schema.field(feature).type):
-        raise VectorImportError(f"{path} has no column {feature!r} of lists of numbers")
+        raise VectorImportError(Problem.NO_VECTORS, path, feature)
     listed: Any = _stored_type(schema.field(feature).type)
     return ParquetColumns(key, has_ids, uri, feature, listed.list_size if pa.types.is_fixed_size_list(listed) else None)
 
@@ -333,7 +334,7 @@ def _first_width(storage: Storage, paths: list[str], columns: list[ParquetColumn
                 lengths = [length for length in pc.list_value_length(batch.column(0)).to_pylist() if length]
                 if lengths:
                     return int(lengths[0])
-    raise VectorImportError(f"{storage.url} has no features at all")
+    raise VectorImportError(Problem.NO_FEATURES, storage.url)
 
 
 def _vectors(column: Any, dim: int, reasons_N: AnyArray) -> Float32Array:
@@ -410,14 +411,11 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
             for start, stop in _cuts(count, dim)
         ]
     if not used:
-        raise VectorsNotFoundError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
+        raise VectorsNotFoundError(Problem.NO_XDL_FILES, address, NUM_FILES - 1)
     if torn:
-        raise VectorImportError(
-            f"{len(torn)} of {len(used)} files, {torn[0]} first, are not a number of records of {record.itemsize} bytes"
-            f" (a key and {dim} float32): is --dim {dim} right, and are the files whole?"
-        )
+        raise VectorImportError(Problem.TORN_FILES, len(torn), len(used), torn[0], record.itemsize, dim)
     if not slices:
-        raise VectorImportError(f"all {len(used)} files of {address} are empty")
+        raise VectorImportError(Problem.ONLY_EMPTY_FILES, address)
     return VectorSource(dim, tuple(slices), fingerprint_of(storage, used))
 
 

@@ -29,6 +29,7 @@ from pipeline.cluster.tasks import neighbours, run_all
 from pipeline.errors import VectorImportError
 from pipeline.formats import VectorBlock, VectorSlice, VectorSource, block_rows, read_slices
 from pipeline.options import ImportOptions
+from pipeline.problems import Problem
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])
@@ -44,12 +45,7 @@ class UnitReport(store_run.StagedReport):
 
 
 def stage_unit(
-    store: FeatureStore,
-    version: int,
-    run_id: str,
-    unit: str,
-    slices: Sequence[VectorSlice],
-    rows: int,
+    store: FeatureStore, version: int, run_id: str, unit: str, slices: Sequence[VectorSlice], rows: int
 ) -> UnitReport:
     """Stage what `slices` have that snapshot `version` has not, in parts of about `rows` rows.
 
@@ -168,14 +164,11 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     good = run.index()
     if len(contested := contested_keys(good)):
         run.store.discard_staging(run.run_id)
-        raise VectorImportError(
-            f"{len(contested):,} keys have several rows with different numbers, {contested[0]} first: leave one of each"
-        )
+        raise VectorImportError(Problem.CONTESTED_KEYS, len(contested), contested[0])
     num_rows = sum(report.num_rows for report in reports.values())
     bad = tuple(row for report in reports.values() for row in report.bad)
     if len(bad) == num_rows:
-        reasons = f": {store_run.describe_bad(bad)}" if bad else ""
-        raise VectorImportError(f"none of the {num_rows:,} rows can be used{reasons}")
+        raise VectorImportError(Problem.NO_USABLE_ROW, num_rows, store_run.describe_bad(bad))
     run.parts = [part for report in reports.values() for part in report.parts]
     run.num_rows = int(np.count_nonzero(good["state"] != UNCHANGED))
     keys, first = np.unique(good["key"], return_index=True)

@@ -88,11 +88,9 @@ def _cluster(words: list[str]) -> Iterator[None]:
     try:
         with cluster_of_job(words):
             yield
-    except click.BadParameter as error:
-        hint = error.param.opts[-1] if error.param else None
-        raise typer.BadParameter(error.message, param_hint=hint) from error
     except click.UsageError as error:
-        raise typer.BadParameter(error.message, param_hint="--scheduler") from error
+        hint = error.param.opts[-1] if isinstance(error, click.BadParameter) and error.param else "--scheduler"
+        raise typer.BadParameter(error.message, param_hint=hint) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from featurestore.spec import FileEntry, StoreInfo
 from featurestore.staging import STAGING, QuarantineRow
 from featurestore.store import FeatureStore, Snapshot
 from pipeline.cluster.tasks import num_threads, run_all, wait_for_workers
+from pipeline.problems import Problem
 
 WORKERS_TIMEOUT_S = 60.0
 SHARD_TASK_BYTES = 512 << 20  # staged for the shards of one task, which holds them: a task opens each part
@@ -84,10 +85,7 @@ def open_or_make(url: str, asked: Mapping[str, Any], **new: Any) -> FeatureStore
         return FeatureStore.open_or_create(url, StoreInfo.model_validate(given | new))
     if store.info.reduction is not None:
         if given["dim"] != store.info.full_dim:
-            raise SpecMismatchError(
-                f"the store at {store.url} is compact: it takes rows of {store.info.full_dim:,} numbers and keeps"
-                f" {store.info.dim:,} components of each; these rows have {given['dim']:,} numbers"
-            )
+            raise SpecMismatchError(Problem.WRONG_WIDTH, store.url, store.info.full_dim, store.info.dim, given["dim"])
         given["dim"] = store.info.dim
     store.info.model_copy(update=given).check_same(store.info, f"the store at {store.url}")
     return store

@@ -30,6 +30,7 @@ from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError
 from pipeline.formats import find_files
 from pipeline.options import XdlOptions
+from pipeline.problems import Problem
 from pipeline.samples.build import bad_reasons, write_suggested
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, replaced_files
@@ -206,7 +207,7 @@ def _columns(keys: Sequence[Key]) -> list[str]:
     taken = {*RESERVED, *(f"{name}{WEIGHT_SUFFIX}" for _, name in keys)}
     columns = [f"{part}_{name}" if count[name] > 1 or name in taken else name for part, name in keys]
     if len(set(columns)) < len(columns):
-        raise SampleError(f"fields {', '.join(sorted(name for _, name in keys))} do not make different column names")
+        raise SampleError(Problem.SAME_COLUMN_NAMES, ", ".join(sorted(name for _, name in keys)))
     return columns
 
 
@@ -329,7 +330,7 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
     storage, entries = find_files(options.source, what="samples")
     paths = sorted(entry.path for entry in entries if entry.size_bytes)
     if not paths:
-        raise SampleError(f"{options.source}: only empty files")
+        raise SampleError(Problem.ONLY_EMPTY_FILES, options.source)
     with replaced_files(options.samples) as new:
         for name in SPLITS:
             (new.folder / name).mkdir()
@@ -339,17 +340,15 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             num_lines += count
             seen.update(found)
         if not num_lines:
-            raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
+            raise SampleError(Problem.NO_XDL_LINE, options.source)
         fields = decide(num_lines, seen)
         folder = str(new.folder.absolute())
         calls = [(storage.url, path, number, fields, options, folder) for number, path in enumerate(paths)]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)
         if not summary["train"]["samples"]:
-            raise SampleError(
-                f"{options.source}: no good line is left to train on, of {summary['lines']:,} "
-                f"({bad_reasons(summary['quarantined'], {})}); give more lines or a smaller --test-share"
-            )
+            reasons = bad_reasons(summary["quarantined"], {})
+            raise SampleError(Problem.NO_GOOD_LINE, options.source, summary["lines"], reasons)
         bad = [row for each in written for row in each.bad]
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), new.folder / QUARANTINE_FILE)
         write_suggested(new.folder, options.samples)

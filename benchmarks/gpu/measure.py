@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.problems import Problem
 from benchmarks.report import Figure, Section
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
@@ -36,9 +37,7 @@ _PLACE_BYTES = 8
 def check_device(device: str) -> None:
     """Raise UserError where there is no GPU to measure."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "no GPU found: PyTorch sees none on this machine; --device cpu measures the CPU in the same way"
-        )
+        raise UserError(Problem.NO_GPU)
 
 
 def measure(workload: Workload, dims: int, device: str, steps: int, progress: Progress) -> Section:

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
+from benchmarks.problems import Problem
 from benchmarks.quality.data import NETS, SMALL_USERS, USERS, DataSet, parse, simulated
 from benchmarks.report import JsonPath, write_sections
 from featurestore.console.commandline import CommandApp, run_app
@@ -66,7 +67,7 @@ def settings_of(texts: list[str]) -> dict[str, str]:
     """Read the settings by name."""
     found = dict(text.partition("=")[::2] for text in texts)
     if wrong := [text for text in texts if "=" not in text]:
-        raise typer.BadParameter(f"{wrong[0]!r} is not SECTION.FIELD=VALUE", param_hint="--set")
+        raise typer.BadParameter(Problem.NOT_A_SETTING.of(wrong[0]), param_hint="--set")
     return found
 
 
@@ -119,9 +120,7 @@ def main(
     made = {"ids": ids_section, "images": images_section, "cold": cold_section, "logs": logs_section}
     chosen = ["logs"] if logs else [str(name) for name in only or SECTIONS]
     if {"ids", "images", "logs"} & set(chosen) and not fuxictr_python().exists():
-        raise QualityRunError(
-            "FuxiCTR is not installed in this environment (make bench installs it), and it is what is compared"
-        )
+        raise QualityRunError(Problem.NO_FUXICTR, ", ".join(chosen))
     given = settings_of(settings or [])
     count = users or (SMALL_USERS if small else USERS)
     sets = data_sets(folder, logs or [], data or [], count, (photos, labels), batch_size, train_rows)

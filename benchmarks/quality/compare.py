@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from benchmarks.problems import Problem
 from benchmarks.quality.data import JOBS, DataSet
 from benchmarks.quality.runs import Epoch, Side, Spec, curve_of
 from benchmarks.report import Figure, Section
@@ -206,7 +207,7 @@ def real_log(folder: Path, batch_size: int, train_rows: int | None = None) -> Da
     samples = folder / "samples"
     summary = samples / "summary.json"
     if summary.exists() and parse_json(summary.read_bytes())["options"]["window_days"] != WINDOW_DAYS:
-        raise DataError(f"{samples} was not made here: its histories are not of {WINDOW_DAYS} days; remove it")
+        raise DataError(Problem.OTHER_HISTORIES, samples, WINDOW_DAYS)
     if not summary.exists():
         options: list[object] = ["--logs", folder, "--samples", samples, "--window-days", WINDOW_DAYS, "--test-days", 0]
         options += ["--mapping", folder / "mapping.yaml"] if (folder / "mapping.yaml").exists() else []
@@ -235,7 +236,7 @@ def cut_days(samples: Path, train_rows: int | None = None) -> tuple[list[str], l
     last = int(np.searchsorted(before_D, 1 - SHARE, "right")) - 1
     middle = int(np.searchsorted(before_D, before_D[last] - SHARE, "right")) - 1
     if not 0 < middle < last:
-        raise DataError(f"{samples} has {len(days)} days; days for training, validation and judging need more of them")
+        raise DataError(Problem.TOO_FEW_DAYS, samples, len(days))
     newest_D = np.cumsum(counts_D[:middle][::-1])
     kept = middle if train_rows is None else max(1, int(np.searchsorted(newest_D, train_rows, "right")))
     return days[middle - kept : middle], days[middle:last], days[last:]

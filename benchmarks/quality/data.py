@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.problems import Problem
 from featurestore.published.versions import open_published
 from trainer.errors import DataError
 
@@ -37,9 +38,7 @@ class DataSet:
         by_day = files_by_day(open_published(self.samples))
         days = [day for day, files in by_day.items() if files[0].startswith("train/")]
         if len(days) < 2:
-            raise DataError(
-                f"{self.samples} has {len(days)} training days, and tuning needs 2; leave it out: --no-tune"
-            )
+            raise DataError(Problem.TOO_FEW_TO_TUNE, self.samples, len(days))
         kept = len(days) - max(1, len(days) // 10)
         return days[:kept], days[kept:]
 
@@ -49,7 +48,7 @@ def parse(text: str, batch_size: int) -> DataSet:
     name, equals, places = text.partition("=")
     samples, _, store = places.partition(":")
     if not equals or not name.isidentifier() or not samples:
-        raise ValueError(f"{text!r} is not NAME=SAMPLES or NAME=SAMPLES:STORE, as ml=data/ml/samples")
+        raise ValueError(Problem.NOT_NAMED_SAMPLES.of(text))
     return DataSet(name, samples, store or None, batch_size)
 
 

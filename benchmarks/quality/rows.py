@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.problems import Problem
 from trainer.comm import SoloComm
 from trainer.errors import SchemaError
 from trainer.models.nets import paired_fields
@@ -43,7 +44,7 @@ class Layout:
         rest = tuple(field for field in schema.fields if field.name not in paired)
         if not items or (strange := [field.name for field in rest if field.kind == "dense"]):
             what = f"dense fields ({', '.join(strange)})" if items else "no behaviours that share a table with the ad"
-            raise SchemaError(f"the schema has {what}; FuxiCTR's sequence models compare IDs of behaviours and ads")
+            raise SchemaError(Problem.NOT_FOR_FUXICTR, what)
         return cls(items, images, rest)
 
 

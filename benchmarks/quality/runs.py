@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.problems import Problem
 from benchmarks.process import fuxictr_python
 from featurestore.console.files import write_json
 from featurestore.errors import UserError
@@ -188,4 +189,4 @@ def _fuxictr(spec: Spec, runs: Path, name: str) -> list[Epoch]:
 def _run(command: Sequence[str], name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise QualityRunError(f"{name} ended with {done.returncode}:\n{(done.stderr or done.stdout)[-2000:]}")
+        raise QualityRunError(Problem.ENDED, name, done.returncode, (done.stderr or done.stdout)[-2000:])

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.problems import Problem
 from benchmarks.report import JsonPath, write_sections
 from featurestore.console.commandline import CommandApp, run_app
 
@@ -38,9 +39,9 @@ def main(
 ) -> None:
     """Put a server under a bounded load for a long time."""
     if not demo.is_dir():
-        raise typer.BadParameter(f"there is no folder {demo}: crossmedia demo makes one", param_hint="--demo")
+        raise typer.BadParameter(Problem.NO_DEMO.of(demo), param_hint="--demo")
     if minutes < warm_minutes + 4:
-        raise typer.BadParameter(f"{minutes:g} is less than four more than --warm-minutes", param_hint="--minutes")
+        raise typer.BadParameter(Problem.TOO_SHORT.of(minutes), param_hint="--minutes")
     from benchmarks.soak.measure import run_soak
 
     soak = run_soak(of, demo, folder, rate, 60 * minutes)

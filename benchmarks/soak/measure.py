@@ -18,6 +18,7 @@ import numpy as np
 import orjson
 import psutil
 
+from benchmarks.problems import Problem
 from benchmarks.process import RunFailedError
 from benchmarks.report import Figure, Section
 from benchmarks.soak.servers import TARGETS, Target
@@ -155,7 +156,7 @@ def run_soak(of: str, demo: Path, folder: Path, rate: float, seconds: float) -> 
         begin_s = time.monotonic()
         while not is_ready(target):
             if process.poll() is not None or time.monotonic() - begin_s > _START_S:
-                raise RunFailedError(f"the server does not answer: {place / 'log.txt'}")
+                raise RunFailedError(Problem.SERVER_SILENT, f"port {port}", place / "log.txt")
             time.sleep(1)
         soak = Soak(rate, seconds, place / "soak.txt")
         soak.run(target, process.pid)

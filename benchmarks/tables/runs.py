@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from benchmarks.problems import Problem
 from benchmarks.report import Figure, Section
 from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.tables.variants import Table, Variant
@@ -91,7 +92,7 @@ class Runner:
         try:
             (self._folder / "logs").mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            raise TrainerError(f"--dir {self._folder} cannot be used: {failure}; choose another") from failure
+            raise TrainerError(Problem.FOLDER_UNUSABLE, self._folder, failure) from failure
         return report_of(planned.folder) is not None
 
     def _pinned(self, table: Table, variant: Variant, warm: Planned | None) -> tuple[Config, str]:
@@ -150,10 +151,7 @@ class Runner:
         samples = config.data.samples
         days = self._once(samples, lambda: self._comm.on_rank_0(lambda: list(files_by_day(open_published(samples)))))
         if len(days) < _LEAST_DAYS:
-            raise DataError(
-                f"data.samples={samples} has {len(days)} days of samples; warm-up from the day before needs"
-                f" {_LEAST_DAYS} at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes them)"
-            )
+            raise DataError(Problem.TOO_FEW_TO_WARM_UP, samples, len(days), _LEAST_DAYS)
         window = days[:-1] if variant.days == "previous" else days[1:]
         return {"train_days": window[:-1], "test_days": window[-1:]}
 
@@ -169,10 +167,7 @@ def _metrics_of(run: Path) -> dict[str, float]:
     assert report is not None
     metrics = report["metrics"]
     if metrics.get("gauc") is None:
-        raise TrainerError(
-            f"{run} has no GAUC, which the tables compare: no user of its test samples has impressions with and"
-            " without a click; test on more of them (data.test_days, or test/ in data.samples)"
-        )
+        raise TrainerError(Problem.NO_GAUC, run)
     return {name: float(metrics[name]) for name in METRICS if metrics[name] is not None}
 
 

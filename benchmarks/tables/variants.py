@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from benchmarks.problems import Problem
 from trainer.config import Section, read_mapping, validated
 from trainer.errors import ConfigError
 
@@ -47,7 +48,7 @@ def load_tables(file: Path, names: Collection[str] = ()) -> dict[str, Table]:
     for name, table in tables.items():
         known = table.variants
         if unknown := [each.against for each in known.values() if each.against and each.against not in known]:
-            raise ConfigError(f"{file}: tables.{name} has no variant {unknown[0]!r} to compare with")
+            raise ConfigError(Problem.NO_SUCH_VARIANT, file, name, unknown[0])
     if unknown := [name for name in names if name not in tables]:
-        raise ConfigError(f"--table {unknown[0]}: {file} has {', '.join(tables)}")
+        raise ConfigError(Problem.NO_SUCH_TABLE, unknown[0], file, ", ".join(tables))
     return {name: table for name, table in tables.items() if not names or name in names}

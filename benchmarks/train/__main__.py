@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from benchmarks.problems import Problem
 from benchmarks.process import RunFailedError, fuxictr_python
 from benchmarks.report import JsonPath, this_run, write_sections
 from benchmarks.train.sections import COMPACT, FUXICTR, VARIANTS, Bench, measure
@@ -28,7 +29,7 @@ NAMES = (*VARIANTS, COMPACT)
 def known(names: list[str]) -> list[str]:
     """Check the names of variants."""
     if strange := [name for name in names if name not in NAMES]:
-        raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
+        raise typer.BadParameter(Problem.NO_SUCH_NAME.of(", ".join(strange), ", ".join(NAMES)), param_hint="--only")
     return names
 
 
@@ -36,11 +37,10 @@ def check_fuxictr(chosen: list[str]) -> None:
     """Print that FuxiCTR is left out where it is not installed; where it was asked for by name, that is an error."""
     if fuxictr_python().exists():
         return
-    missing = "FuxiCTR is not installed in this environment (make bench installs it)"
     if asked := [name for name in chosen if name in FUXICTR]:
-        raise RunFailedError(f"{', '.join(asked)}: {missing}")
+        raise RunFailedError(Problem.NO_FUXICTR, ", ".join(asked))
     if not chosen:
-        print(f"note: {missing}; its figures are left out", file=sys.stderr)
+        print(f"note: {Problem.NO_FUXICTR.of(', '.join(FUXICTR))}; its figures are left out", file=sys.stderr)
 
 
 @app.command()

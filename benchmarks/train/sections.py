@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from benchmarks.problems import Problem
 from benchmarks.process import fuxictr_python, run_to_end
 from benchmarks.report import Figure, Section
 from benchmarks.timing import in_turns
@@ -140,10 +141,8 @@ def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str])
         first_name, first = found[0]
         worst = max(abs(mine - theirs) for mine, theirs in zip(losses, first, strict=False))
         if not worst <= _LOSS_TOLERANCE:  # also where it is not a number
-            raise DifferentLossesError(
-                f"{name} and {first_name} do not train the same model: their first losses are {losses} and {first}, "
-                f"{worst:.2g} apart where {_LOSS_TOLERANCE} is allowed; no figure is reported"
-            )
+            values = (name, first_name, losses, first, worst, _LOSS_TOLERANCE)
+            raise DifferentLossesError(Problem.DIFFERENT_LOSSES, *values)
 
 
 _CHECKED_STEPS = 3

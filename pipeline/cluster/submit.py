@@ -17,6 +17,8 @@ from typing import Any
 
 import click
 
+from pipeline.problems import Problem
+
 EXAMPLES = """Examples:
   dask-submit jobs/extract_features.py
   dask-submit -n 4 --threads-per-worker 1 crossmedia samples --logs data/logs
@@ -42,9 +44,9 @@ def _memory_limit(_: click.Context, __: click.Parameter, value: str | None) -> s
     try:
         limit = parse_memory_limit(value or None, 1, logger=logging.getLogger(__name__))
     except (ValueError, OverflowError) as error:
-        raise click.BadParameter(f"{value!r} is not a size such as 4GB, 512MiB or auto") from error
+        raise click.BadParameter(Problem.NOT_A_SIZE.of(value)) from error
     if value == "" or (limit is not None and limit < LEAST_MEMORY):
-        raise click.BadParameter(f"{value!r} is below 128 MiB, and a worker does not start with less; try 1GB or auto")
+        raise click.BadParameter(Problem.TOO_LITTLE_MEMORY.of(value))
     return value
 
 
@@ -57,7 +59,7 @@ class _Script(click.Path):
 
 def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a number of seconds")
+        raise click.BadParameter(Problem.NOT_SECONDS.of(value))
     return value
 
 
@@ -155,10 +157,7 @@ def _environment(options: Mapping[str, Any]) -> dict[str, str]:
     local = {name: options[name] for name in ("workers", "threads_per_worker", "memory_limit")}
     is_local = any(value is not None for value in local.values())
     if (scheduler is not None) + (file is not None) + is_local > 1:
-        raise click.UsageError(
-            "--scheduler, --scheduler-file, and -n, --threads-per-worker, --memory-limit (a local cluster) exclude "
-            "each other; give one of the three"
-        )
+        raise click.UsageError(Problem.SEVERAL_CLUSTERS.of())
     address = scheduler
     if file is not None:
         address = tasks.address_in_file(file, timeout_s)

@@ -36,6 +36,7 @@ from distributed.security import Security
 from featurestore.console.output import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError, UserError
 from pipeline import errors
+from pipeline.problems import Problem
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
@@ -110,10 +111,7 @@ def run_all(
     with progress_bar(title, len(calls)) as bar, contextlib.closing(finished):
         for place, result in finished:
             if isinstance(result, Killed):
-                raise errors.ClusterError(
-                    f"{title}: task {place + 1} of {len(calls)} brings the workers down, most likely for lack of"
-                    f" memory; {advice}"
-                )
+                raise errors.ClusterError(Problem.DEADLY_TASK, title, place + 1, len(calls), advice)
             results[place] = result
             bar.advance(1)
     return results
@@ -173,7 +171,7 @@ def _attempt(packed: bytes) -> Any:
 
 def _result(future: Future[Any]) -> Any:
     if future.status == "cancelled":
-        raise errors.ClusterError(errors.SCHEDULER_LOST)
+        raise errors.ClusterError(Problem.SCHEDULER_LOST)
     error = future.exception()
     if isinstance(error, KilledWorker):
         return Killed()
@@ -267,7 +265,7 @@ def _loss_named() -> Iterator[None]:
     try:
         yield
     except (CommClosedError, CancelledError, ClosedClientError) as error:
-        raise errors.ClusterError(errors.SCHEDULER_LOST) from error
+        raise errors.ClusterError(Problem.SCHEDULER_LOST) from error
     finally:
         log.setLevel(level)
 
@@ -297,7 +295,9 @@ def address_in_file(path: Path, timeout_s: float) -> str:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"not a scheduler file: {error!r}"
         if time.monotonic() > deadline:
-            raise errors.SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
+            raise errors.SchedulerUnreachableError(
+                Problem.NO_SCHEDULER, f"the one of {path}", f"{reason}, after {timeout_s:g} s"
+            )
         time.sleep(0.05)
 
 
@@ -311,16 +311,12 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
         asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
         client = Client(address, timeout=timeout_s)
     except TypeError as error:  # so says distributed.comm where it has no certificates
-        raise errors.ClusterError(
-            f"the scheduler {address} needs TLS certificates, and Dask's configuration has none: set"
-            " DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and"
-            " DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
-        ) from error
+        raise errors.ClusterError(Problem.NO_CERTIFICATES, address) from error
     except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
-        raise errors.SchedulerUnreachableError(address, "what answers there is not a scheduler") from error
+        raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, Problem.NOT_A_SCHEDULER) from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
-        reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
-        raise errors.SchedulerUnreachableError(address, reason) from error
+        reason = str(error) or Problem.SILENT.of(2 * timeout_s)  # wait_for's TimeoutError has no text
+        raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, reason) from error
     with client:
         yield client
 
@@ -400,18 +396,13 @@ def check_address(address: str, insecure: bool = False) -> None:
         if protocol in SAFE_PROTOCOLS:
             return
         if protocol not in backends:
-            raise ValueError(f"{protocol}:// is none of {', '.join(sorted(backends))}")
+            raise ValueError(Problem.UNKNOWN_PROTOCOL.of(protocol, ", ".join(sorted(backends))))
         host, _ = parse_host_port(location, 0)
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
-        raise errors.SchedulerUnreachableError(address, str(error)) from error
+        raise errors.SchedulerUnreachableError(Problem.NO_SCHEDULER, address, error) from error
     if not all(ipaddress.ip_address(sockaddr[0]).is_loopback for *_, sockaddr in found):
-        raise errors.InsecureSchedulerError(
-            f"the scheduler {address} is beyond loopback and without TLS: Dask sends pickles, so anyone who reaches"
-            " that port can run code on every worker. Use tls:// with certificates in Dask's configuration"
-            " (distributed.comm.tls), or on a network that you trust pass --insecure to dask-submit, or set"
-            f" {INSECURE_VARIABLE}=True for jobs that you run without it"
-        )
+        raise errors.InsecureSchedulerError(Problem.INSECURE_SCHEDULER, address, INSECURE_VARIABLE)
 
 
 def wait_for_workers(client: Client, address: str, count: int, timeout_s: float) -> None:
@@ -421,10 +412,7 @@ def wait_for_workers(client: Client, address: str, count: int, timeout_s: float)
     try:
         client.wait_for_workers(count, timeout=timeout_s)
     except TimeoutError as error:
-        raise errors.ClusterError(
-            f"{len(client.nthreads())} of {count} workers are at {address} after {timeout_s:g} s; start more with"
-            f" `dask worker {address}`, or lower --wait-workers, or raise --timeout"
-        ) from error
+        raise errors.ClusterError(Problem.TOO_FEW_WORKERS, len(client.nthreads()), count, address, timeout_s) from error
 
 
 def check_packages(client: Client) -> None:
@@ -435,7 +423,4 @@ def check_packages(client: Client) -> None:
     answers = client.run(exec, IMPORT_OURS, {}, on_error="return")
     failures = [f"{worker}: {answer!r}" for worker, answer in answers.items() if isinstance(answer, Exception)]
     if failures:
-        raise errors.ClusterError(
-            f"{len(failures)} workers cannot import this project ({'; '.join(failures[:3])}). Install it on every"
-            " worker's machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
-        )
+        raise errors.ClusterError(Problem.NOT_INSTALLED, len(failures), "; ".join(failures[:3]))

@@ -23,6 +23,7 @@ from pipeline.demo.world import Catalogue, standardize
 from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode
 from pipeline.images.source import ImageRef, list_images, read_image
+from pipeline.problems import Problem
 
 CANVAS_PX = 480  # drawn at twice the size, then reduced: smooth edges
 SIDE_PX = 240
@@ -211,7 +212,7 @@ def measure_folder(images: Path, labels: Path | None) -> tuple[Catalogue, dict[s
     good = [(ref, look) for ref, look in zip(refs, looks, strict=True) if not isinstance(look, str)]
     unreadable = [(ref.uri, look) for ref, look in zip(refs, looks, strict=True) if isinstance(look, str)]
     if not good:
-        raise DemoError(f"none of the {len(refs)} images in {images} can be read; the first: {unreadable[0][1]}")
+        raise DemoError(Problem.NO_READABLE_IMAGE, len(refs), images, unreadable[0][1])
     labels_I = [_label(ref.uri, label_of) for ref, _ in good]
     names = sorted(set(labels_I))
     catalogue = Catalogue(
@@ -268,8 +269,8 @@ def _read_labels(path: Path) -> dict[str, str]:
             if {"image", "label"} <= set(names):
                 return {row["image"]: row["label"] for row in rows if row["image"] and row["label"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DemoError(f"cannot read the labels {path}: {error}") from error
-    raise DemoError(f"{path} needs the columns image and label; it has {', '.join(names) or 'none'}")
+        raise DemoError(Problem.UNREADABLE, path, error) from error
+    raise DemoError(Problem.NO_LABEL_COLUMNS, path, ", ".join(names) or "none")
 
 
 def _label(uri: str, label_of: dict[str, str]) -> str:

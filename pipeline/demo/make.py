@@ -20,6 +20,7 @@ from pipeline.demo.items import SHAPES, Garment, catalogue_of, draw_garment, mea
 from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, START_S, World, ceiling, simulate
 from pipeline.errors import DemoError
 from pipeline.options import DemoOptions
+from pipeline.problems import Problem
 
 FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
 
@@ -55,9 +56,7 @@ def make_demo(
     else:
         catalogue, notes = measure_folder(options.images, options.labels)
         if catalogue.num_items < MIN_ITEMS:
-            raise DemoError(
-                f"{catalogue.num_items} readable images in {options.images}: at least {MIN_ITEMS} make a demo"
-            )
+            raise DemoError(Problem.TOO_FEW_IMAGES, catalogue.num_items, options.images, MIN_ITEMS)
     try:
         if found is None:
             _refuse_foreign(options.out)
@@ -66,10 +65,7 @@ def make_demo(
                 there = found["parameters"]
                 names = sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
                 differing = ", ".join(f"{name}: {there.get(name)} there, {wanted.get(name)} wanted" for name in names)
-                raise DemoError(
-                    f"{options.out} has a demo made with other options ({differing}): "
-                    "give --force to replace it, or another --out"
-                )
+                raise DemoError(Problem.OTHER_DEMO, options.out, differing)
             _remove_own(options.out)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
@@ -81,7 +77,7 @@ def make_demo(
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
         write_json(options.out / DEMO_FILE, content)
     except OSError as error:
-        raise DemoError(f"cannot write the demo to {options.out}: {error}") from error
+        raise DemoError(Problem.DEMO_NOT_WRITTEN, options.out, error) from error
     return DemoSummary(_read_demo(options.out) or content, images, already_there=False)
 
 
@@ -103,9 +99,9 @@ def _read_demo(out: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DemoError(f"cannot read {path}: {error}; remove it, or give another --out") from error
+        raise DemoError(Problem.DEMO_UNREAD, path, error) from error
     if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
-        raise DemoError(f"{path} is not from this job; give another --out")
+        raise DemoError(Problem.NOT_A_DEMO, path)
     return content
 
 
@@ -120,7 +116,7 @@ def _refuse_foreign(out: Path) -> None:
     """Raise DemoError where pictures or logs are in the way that no demo.json accounts for."""
     for folder in (out / "images", out / "logs"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DemoError(f"{folder} is in the way, and was not made by this job: move it, or give another --out")
+            raise DemoError(Problem.IN_THE_WAY, folder)
 
 
 def _own_images(out: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from featurestore.format.shard import take_rows
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
 from featurestore.store import Snapshot
 from pipeline.images.source import ImageTable
+from pipeline.problems import Problem
 from pipeline.store_run import run_id_of
 
 MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 parts; more are computed again
@@ -229,9 +230,7 @@ def _check_uris(listed: pa.Table, uris: "pa.ChunkedArray[Any]") -> None:
     differing = np.flatnonzero(~_equal(uris, listed["uri"]))
     if len(differing):
         key, uri, stored = (column[int(differing[0])].as_py() for column in (listed["key"], listed["uri"], uris))
-        raise KeyCollisionError(
-            f"key {key} is {stored!r} in the store and {uri!r} among the images: rename one, or use another store"
-        )
+        raise KeyCollisionError(Problem.OTHER_URI_STORED, key, stored, uri)
 
 
 def _equal(mine: "pa.ChunkedArray[Any]", theirs: "pa.ChunkedArray[Any]") -> BoolArray:

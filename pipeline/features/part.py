@@ -25,6 +25,7 @@ from featurestore.store import FeatureStore, Snapshot
 from pipeline.errors import BackboneError, BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, read_image
+from pipeline.problems import Problem
 from pipeline.store_run import BadRow, StagedReport
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _network(settings: PartSettings) -> "Backbone":
 
     network = backbone(settings.backbone, settings.weights, settings.extractor.precision)
     if network.spec != settings.extractor:
-        raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
+        raise WeightsError(Problem.WEIGHTS_DIFFER, settings.weights)
     torch.set_num_threads(torch_threads(settings.workers_per_host))
     return network
 
@@ -196,7 +197,7 @@ def calibrate(backbone_name: str, weights: str, refs: Sequence[ImageRef]) -> Int
     loaded = in_threads(partial(_load, network.preset, {}), refs, LEAST_DECODE_THREADS)
     good = [image.pixels.pixels_HWC for image in loaded if image.pixels is not None]
     if len(good) < 2:
-        raise BackboneError(f"int8 is calibrated on 2 images or more, and {len(good)} of {len(refs)} can be used")
+        raise BackboneError(Problem.TOO_FEW_FOR_INT8, len(good), len(refs))
     layers = network.filled(load_weights(network, weights))
     return calibrated(layers, normalised(np.stack(good), network.preset))
 

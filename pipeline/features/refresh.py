@@ -31,6 +31,7 @@ from pipeline.features import part as parts
 from pipeline.images.source import ImageTable, Listing, list_images
 from pipeline.network import Precision, check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
+from pipeline.problems import Problem
 
 CALIBRATION_IMAGES = 96  # for int8: two thirds to measure ranges, the others to compare it with float32
 
@@ -99,7 +100,7 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     try:
         store = FeatureStore.open(options.store)
     except StoreNotFoundError as error:
-        raise StoreNotFoundError(f"{error}; crossmedia extract makes one") from error
+        raise StoreNotFoundError(Problem.NO_STORE_YET, options.store) from error
     options = replace(options, weights=check_weights_name(options.weights or _network_of(store.info).weights))
     listing = list_images(options.images)
     store_run.wait_for_worker(client)
@@ -113,7 +114,7 @@ def bring_up_to_date(
     images, snapshot = listing.images, store.snapshot()
     comparison = diff.compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
-    _check_gone(options, len(gone), comparison, f"are not in {options.images}")
+    _check_gone(options, len(gone), comparison.num_stored, Problem.TOO_MANY_UNLISTED, options.images)
     plan = make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store, snapshot)
     run = ImageRun(client, store, settings, snapshot)
@@ -125,8 +126,8 @@ def bring_up_to_date(
     run.quarantine(bad)
     try:
         if len(bad) == len(images):
-            raise StoreRunError(f"none of the {len(bad):,} images can be used: {store_run.describe_bad(bad)}")
-        _check_gone(options, len(removed), comparison, "are gone or cannot be decoded any more")
+            raise StoreRunError(Problem.NO_USABLE_IMAGE, len(bad), store_run.describe_bad(bad))
+        _check_gone(options, len(removed), comparison.num_stored, Problem.TOO_MANY_GONE)
     except StoreRunError:
         store.discard_staging(run.run_id)  # the next run looks at all files again: it may be the decoder that is broken
         raise
@@ -236,14 +237,10 @@ def _spec_of(backbone_name: str, weights: str, precision: Precision) -> Extracto
     return backbone(backbone_name, weights, precision).spec
 
 
-def _check_gone(options: RefreshOptions, num_gone: int, comparison: diff.Comparison, fault: str) -> None:
-    """Raise StoreRunError, which has `fault`, where more than a share of the store's rows would vanish."""
-    if num_gone > options.max_gone * comparison.num_stored:
-        raise StoreRunError(
-            f"{num_gone:,} of the {comparison.num_stored:,} rows in {options.store} {fault}, more than a share of"
-            f" {options.max_gone:g}: is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1"
-            " allows it"
-        )
+def _check_gone(options: RefreshOptions, num_gone: int, num_stored: int, problem: Problem, *about: str) -> None:
+    """Raise StoreRunError of `problem`, with `about` in it, where more than a share of the rows would vanish."""
+    if num_gone > options.max_gone * num_stored:
+        raise StoreRunError(problem, num_gone, num_stored, options.store, *about, options.max_gone)
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
@@ -298,10 +295,7 @@ def _precision_for(
     if known is not None:
         extractor = known.info.extractor
         if options.precision not in ("auto", extractor.compute_dtype):
-            raise SpecMismatchError(
-                f"--precision {options.precision}, and the features at {known.url} were computed in"
-                f" {extractor.compute_dtype}: leave the option away, or use another store"
-            )
+            raise SpecMismatchError(Problem.OTHER_PRECISION, options.precision, known.url, extractor.compute_dtype)
         return extractor.precision
     if options.precision != "int8":
         return options.precision
@@ -309,10 +303,7 @@ def _precision_for(
     call, advice = (options.backbone, weights, refs), "give each worker more, or take another --precision"
     int8: Int8Spec = run_all(client, "calibrating int8", parts.calibrate, [call], advice)[0]
     if not int8.mean_cosine >= options.least_cosine:
-        raise BackboneError(
-            f"int8 keeps too little of {options.backbone}: its features have a cosine of {int8.mean_cosine:.4f} with"
-            f" float32's, and --least-cosine is {options.least_cosine:g}; lower it, or take another --precision"
-        )
+        raise BackboneError(Problem.INT8_TOO_COARSE, options.backbone, int8.mean_cosine, options.least_cosine)
     return int8
 
 
@@ -404,8 +395,5 @@ class ImageRun(store_run.StoreRun):
         deadly = {key for key, result in tried.items() if isinstance(result, Killed)}
         report: parts.PartReport | Killed = run_alone(self.client, parts.stage_part, *call, 1, deadly)
         if isinstance(report, Killed):
-            raise StoreRunError(
-                f"workers die while they work on {call[2][0].uri} and {len(call[2]) - 1} more images, though each"
-                " can be decoded: give workers more memory, or set a smaller --batch-size or --part-size"
-            )
+            raise StoreRunError(Problem.WORKERS_DIE, call[2][0].uri, len(call[2]) - 1)
         return report

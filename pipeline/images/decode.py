@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageErr
 
 from featurestore.keys import UInt8Array
 from pipeline.errors import BadImageError
+from pipeline.problems import Problem
 
 if TYPE_CHECKING:
     from torchvision.transforms import InterpolationMode
@@ -108,7 +109,7 @@ def decode(data: bytes, scaled_side: int = MIN_SCALED_SIDE) -> tuple[Image.Image
     with the reason.
     """
     if not data:
-        raise BadImageError("empty file")
+        raise BadImageError(Problem.EMPTY_FILE)
     try:
         image, full_size = _open(data, scaled_side)
         image.load()
@@ -117,7 +118,7 @@ def decode(data: bytes, scaled_side: int = MIN_SCALED_SIDE) -> tuple[Image.Image
     except BadImageError:
         raise
     except Exception as error:  # on malicious bytes Pillow's decoders raise nearly everything there is
-        raise BadImageError(f"cannot be decoded: {_COUNT.sub('', str(error)) or type(error).__name__}") from error
+        raise BadImageError(Problem.NOT_DECODABLE, _COUNT.sub("", str(error)) or type(error).__name__) from error
     return rgb, full_size[::-1] if orientation in TURNED_SIDEWAYS else full_size
 
 
@@ -134,9 +135,9 @@ def _open(data: bytes, scaled_side: int) -> tuple[Image.Image, tuple[int, int]]:
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
-        raise BadImageError(f"not an image of a known format ({', '.join(_formats())})") from error
+        raise BadImageError(Problem.UNKNOWN_FORMAT, ", ".join(_formats())) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from error
+        raise BadImageError(Problem.TOO_MANY_PIXELS, MAX_PIXELS) from error
     _check_pixels(image.size)
     return image, image.size
 
@@ -149,9 +150,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise BadImageError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImageError(Problem.TOO_LARGE, *size, MAX_PIXELS)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -165,7 +165,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in PIXELS_WITHOUT_WHITE:
-        raise BadImageError(f"32-bit pixels (mode {image.mode}) have no defined white")
+        raise BadImageError(Problem.NO_WHITE, image.mode)
     if image.mode in PIXELS_16_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -33,6 +33,7 @@ from featurestore.storage.remote import HTTP_PROTOCOLS, S3_PROTOCOLS, protocol_a
 from featurestore.storage.storage import Storage, file_at
 from featurestore.text import CsvTextError, long_rows, one_line, refusal
 from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
+from pipeline.problems import Problem
 
 BATCH_ROWS = 1 << 14  # held as Python objects while they are written
 _COLUMNS: dict[str, Any] = {
@@ -138,7 +139,7 @@ class ImageTable:
                 is_other: Any = pc.not_equal(uris_again, uris_first)
                 differing = is_other.index(True).as_py()
                 key, names = keys_N[again[differing]], (uris_first[differing].as_py(), uris_again[differing].as_py())
-                raise KeyCollisionError(f"key {key} belongs to two images, {names[0]!r} and {names[1]!r}: rename one")
+                raise KeyCollisionError(Problem.KEY_OF_TWO_IMAGES, key, names[0], names[1])
         return np.delete(order_N, place_R) if len(place_R) else order_N
 
 
@@ -181,8 +182,7 @@ def _mapped(batches: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        folder, reason = tempfile.gettempdir(), error.strerror or error
-        raise SourceError(f"cannot keep the listing in {folder}: {reason}; set TMPDIR to a folder with room") from error
+        raise SourceError(Problem.NO_ROOM_FOR_LISTING, tempfile.gettempdir(), error.strerror or error) from error
     reader = pa.ipc.open_file(pa.py_buffer(mapped))
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
@@ -210,14 +210,12 @@ def list_images(address: str) -> Listing:
     with _disk_errors(address):
         is_there, is_folder = Path(storage.url).exists(), Path(storage.url).is_dir()
     if not is_there:
-        raise SourceNotFoundError(f"there is no folder {address}: give the folder (or table) of your images")
+        raise SourceNotFoundError(Problem.NO_IMAGES_THERE, address)
     if is_folder:
         return _list_folder(_local_files(storage.url, address), storage.url, address)
     if is_table:
         return _list_table(storage.url)
-    raise SourceNotFoundError(
-        f"{address} is a file: give a folder of images, or a table ({', '.join(TABLE_EXTENSIONS)})"
-    )
+    raise SourceNotFoundError(Problem.NOT_A_FOLDER_OR_TABLE, address, ", ".join(TABLE_EXTENSIONS))
 
 
 def read_image(location: str, most_bytes: int | None = None) -> bytes:
@@ -233,9 +231,9 @@ def read_image(location: str, most_bytes: int | None = None) -> bytes:
         size_bytes = storage.read_into(path, first.data)
         return first[:size_bytes].tobytes()
     except FileNotFoundError as error:
-        raise BadImageError("no such file") from error
+        raise BadImageError(Problem.NO_SUCH_FILE) from error
     except FeatureStoreError as error:
-        raise BadImageError(str(error)) from error
+        raise BadImageError(*error.args) from error
 
 
 def _place_of(address: str) -> tuple[Storage, str]:
@@ -268,8 +266,7 @@ def _list_folder(files: Iterable[FoundFile], folder: str, address: str) -> Listi
 
     table = ImageTable.of(images(), f"{folder.rstrip('/')}/", by_uri=True)
     if not len(table):
-        ignored = f" ({num_ignored} other files)" if num_ignored else ""
-        raise SourceNotFoundError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
+        raise SourceNotFoundError(Problem.NO_IMAGES, address, num_ignored, ", ".join(IMAGE_EXTENSIONS))
     return Listing(table, num_ignored)
 
 
@@ -343,7 +340,7 @@ def _disk_errors(address: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(f"cannot list {error.filename or address}: {refusal(error)}") from error
+        raise SourceError(Problem.CANNOT_LIST, error.filename or address, refusal(error)) from error
 
 
 def _list_table(address: str) -> Listing:
@@ -352,7 +349,7 @@ def _list_table(address: str) -> Listing:
     name = next(name for name in ("key", "id", "uri") if name in table.column_names)
     names = _column(table, name, pa.int64() if name == "key" else pa.string(), address)
     if not len(uris):
-        raise SourceError(f"{address} has no rows")
+        raise SourceError(Problem.NO_ROWS, address)
     folder = address.rpartition("/")[0]
 
     def images() -> Iterator[ImageRef]:
@@ -378,35 +375,33 @@ def _read_table(address: str) -> pa.Table:
             # As text: type inference would make numbers of ids such as "007".
             types = pa.csv.ConvertOptions(column_types={"id": pa.string(), "uri": pa.string(), "key": pa.int64()})
             if long := long_rows(data, ","):
-                line = min(each.line for each in long.values())
-                raise CsvTextError(f"line {line}: a value in quotes has several lines, and no key or uri has; close it")
+                raise CsvTextError(Problem.QUOTED_LINES.of(min(each.line for each in long.values())))
             data.seek(0)
             table = pa.csv.read_csv(data, convert_options=types)
         else:
             present = pa.parquet.read_schema(data).names
             table = pa.parquet.read_table(data, columns=[name for name in wanted if name in present])
     except FileNotFoundError as error:
-        raise SourceNotFoundError(f"there is no table {address}: give the folder (or table) of your images") from error
+        raise SourceNotFoundError(Problem.NO_IMAGES_THERE, address) from error
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise SourceError(f"cannot read the table {address}: {one_line(error)}") from error
+        raise SourceError(Problem.UNREADABLE, address, one_line(error)) from error
     if "uri" not in table.column_names:
-        raise SourceError(f"{address} has no column 'uri'; it needs uri, and key (int64) or id (string)")
+        raise SourceError(Problem.NO_URI_COLUMN, address)
     return table
 
 
 def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> Any:
     """Read a column as an Arrow array. Raises SourceError where it is of another kind or has gaps."""
     column = table.column(name)
-    fits = (pa.types.is_integer if pa.types.is_integer(wanted) else is_text)(column.type)
-    if not fits:
+    if not (pa.types.is_integer if pa.types.is_integer(wanted) else is_text)(column.type):
         way_out = "; use the name key for int64 keys" if name == "id" and pa.types.is_integer(column.type) else ""
-        raise SourceError(f"{address}: column {name!r} is {column.type}, not {wanted}{way_out}")
+        raise SourceError(Problem.WRONG_TYPE, address, name, column.type, wanted, way_out)
     if column.null_count:
-        raise SourceError(f"{address}: column {name!r} has {column.null_count} empty values")
+        raise SourceError(Problem.EMPTY_VALUES, address, name, column.null_count)
     try:
         return cast("Any", column).cast(wanted)
     except pa.ArrowInvalid as error:
-        raise SourceError(f"{address}: column {name!r}: {error}") from error
+        raise SourceError(Problem.COLUMN_UNREAD, address, name, error) from error
 
 
 def _look_at(location: str) -> tuple[str, int]:

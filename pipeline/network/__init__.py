@@ -7,6 +7,7 @@ from typing import Literal
 from featurestore.lookup import AutoDType
 from featurestore.spec import Int8Spec
 from pipeline.errors import WeightsError
+from pipeline.problems import Problem
 
 DEFAULT_BACKBONE = "vgg16:classifier.1"  # fc6 after its ReLU
 
@@ -20,8 +21,8 @@ def check_weights_name(weights: str) -> str:
     if weights == "imagenet" or re.fullmatch(r"imagenet:\w+|random:\d{1,18}", weights):
         return weights
     if weights.startswith("random"):
-        raise WeightsError(f"weights {weights!r}: the seed of random weights is a number, as in random:0")
+        raise WeightsError(Problem.WRONG_SEED, weights)
     path = Path(weights).absolute()
     if not path.is_file():
-        raise WeightsError(f"weights {weights!r}: neither imagenet, random:SEED, nor a file (looked for {path})")
+        raise WeightsError(Problem.NO_SUCH_WEIGHTS, weights, path)
     return str(path)

@@ -42,6 +42,7 @@ from featurestore.spec import ExtractorSpec, Int8Spec
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
 from pipeline.network import Precision, check_weights_name
+from pipeline.problems import Problem
 
 BATCH = 16  # images of a pass; for OpenVINO fewer are filled up, so a feature depends on its image alone
 UNITS = {
@@ -186,7 +187,7 @@ def rounded(layers: nn.Module, ranges: Ranges) -> nn.Module:
     there = _layers(layers)
     for name, low, high in ranges:
         if name not in there:
-            raise BackboneError(f"int8: the store has a range for {name}, which this version of the network lacks")
+            raise BackboneError(Problem.RANGE_OF_NO_LAYER, name)
         there[name].register_forward_pre_hook(_rounding(low, high))
         if not isinstance(there[name], nn.MaxPool2d):
             weight = there[name].get_parameter("weight")
@@ -255,9 +256,9 @@ class Network:
         pixels_BCHW = _pixels_without_values(self.preset)
         shape = _shape(self.layers.extractor(pixels_BCHW)[self.layer])
         if not _is_vector(shape):
-            gives = f"{tuple(shape[1:])} per image, not one vector" if shape else "no tensor"
+            gives = tuple(shape[1:]) if shape else "no tensor"
             near = _vector_layers(_without_memory(self.model, self.preset), self.model, pixels_BCHW)
-            raise BackboneError(f"backbone {self.name!r}: {self.layer} gives {gives}. {near}")
+            raise BackboneError(Problem.NOT_ONE_VECTOR, self.name, self.layer, gives, near)
         return shape[1]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -291,9 +292,10 @@ def network_of(name: str, weights: str) -> Network:
     input_name, names = _node_names(whole)
     layer = next((node for node in reversed(names) if query and (node + ".").startswith(query + ".")), None)
     if layer is None:
-        missing = f"has no layer {query!r}{_near(query, names)}" if query else "is a model: name one of its layers too"
         near = _vector_layers(whole, model, _pixels_without_values(_preset(entry)))
-        raise BackboneError(f"backbone {name!r}: {model} {missing}. {near}")
+        if not query:
+            raise BackboneError(Problem.LAYER_NEEDED, name, model, near)
+        raise BackboneError(Problem.NO_SUCH_LAYER, name, model, query, _near(query, names), near)
     return Network(name, model, layer, entry, Layers(_up_to(whole, input_name, [layer]), layer))
 
 
@@ -313,14 +315,14 @@ def _known_entry(name: str, weights: str) -> Any:
     model = name.partition(":")[0]
     known = models.list_models(module=models)
     if model not in known:
-        raise BackboneError(f"backbone {name!r}: torchvision has no model {model!r}{_near(model, known)}")
+        raise BackboneError(Problem.NO_SUCH_MODEL, name, model, _near(model, known))
     entries = models.get_model_weights(model)
     if not weights.startswith("imagenet:"):
         return entries.DEFAULT
     wanted = weights.removeprefix("imagenet:")
     if wanted not in entries.__members__:
-        there = ", ".join(f"imagenet:{entry.name}" for entry in entries)
-        raise WeightsError(f"weights {weights!r}: torchvision has no such weights of {model}, only {there}")
+        known = ", ".join(f"imagenet:{entry.name}" for entry in entries)
+        raise WeightsError(Problem.NO_SUCH_ENTRY, weights, model, known)
     return entries[wanted]
 
 
@@ -506,10 +508,7 @@ def _downloaded(network: Network) -> object:
     try:
         return entry.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-        raise WeightsError(
-            f"cannot download the ImageNet weights ({error}). Fetch {entry.url} on a machine with a network and pass"
-            " --weights FILE, or try the pipeline without pretrained weights: --weights random:0"
-        ) from error
+        raise WeightsError(Problem.NOT_DOWNLOADED, error, entry.url) from error
 
 
 def _from_file(path: Path) -> object:
@@ -518,30 +517,25 @@ def _from_file(path: Path) -> object:
     except Exception as error:  # zip, pickle and torch each have their own errors for a file that is none of theirs
         # torch's own texts are essays, and say how to load a file unsafely
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
-        raise WeightsError(
-            f"weights {path}: not a state dict that torch can load safely ({reason}); one is written by"
-            " torch.save(model.state_dict(), FILE)"
-        ) from error
+        raise WeightsError(Problem.WEIGHTS_UNREAD, path, reason) from error
 
 
 def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
     """Pick the tensors up to the layer from a state dict of this part or of the whole model. Raises WeightsError."""
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise WeightsError(f"weights {where}: not a state dict, which maps names to tensors")
+        raise WeightsError(Problem.NOT_A_STATE_DICT, where)
     found: dict[str, Any] = {DENSENET_NAME.sub(r"\1\2", name): tensor.detach() for name, tensor in loaded.items()}
     expected = network.tensors()
     missing = [name for name in expected if name not in found]
     if missing:
-        model = network.model
-        raise WeightsError(f"weights {where}: not those of torchvision's {model}, without {', '.join(missing[:3])}")
+        raise WeightsError(Problem.OTHER_MODEL, where, network.model, ", ".join(missing[:3]))
     state = {}
     for name, like in expected.items():
         tensor = found[name].float() if found[name].is_floating_point() else found[name]
         if tensor.shape != like.shape:
-            shape = tuple(tensor.shape)
-            raise WeightsError(f"weights {where}: {name} has shape {shape}, not {tuple(like.shape)}")
+            raise WeightsError(Problem.WRONG_SHAPE, where, name, tuple(tensor.shape), tuple(like.shape))
         if not tensor.isfinite().all():
-            raise WeightsError(f"weights {where}: {name} holds NaN or infinity")
+            raise WeightsError(Problem.NOT_FINITE, where, name)
         state[name] = tensor
     return state
 

@@ -33,6 +33,7 @@ from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples import build, groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, LogPiece, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
@@ -78,11 +79,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
     with (
         build.open_tables(options) as tables,
         replaced_files(
-            options.samples,
-            before=before,
-            spared=tables.spared,
-            scratch=options.scratch,
-            keep_days=options.keep_days,
+            options.samples, before=before, spared=tables.spared, scratch=options.scratch, keep_days=options.keep_days
         ) as new,
     ):
         folder, scratch = new.folder, new.folder / build.SHUFFLE_FOLDER
@@ -119,7 +116,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
 def _asked(options: SampleOptions) -> "set[int] | int":
     """Return the days that are asked for, or the first of them."""
     if options.days is not None and options.since is not None:
-        raise SampleOptionError("give one of --days and --since")
+        raise SampleOptionError(Problem.GIVE_ONE, "--days and --since")
     if options.days is not None:
         return {build.day_of(each, "--days") for each in options.days.split(",")}
     return build.day_of(options.since or "", "--since")
@@ -143,7 +140,7 @@ def _recorded(before: Storage) -> dict[str, Any]:
             raise
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise SampleOptionError(f"{before.url} has no samples that crossmedia samples made; make all of them first")
+    raise SampleOptionError(Problem.NOT_OUR_SAMPLES, before.url)
 
 
 def options_of(samples: Storage) -> SampleOptions:
@@ -159,10 +156,7 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
     given = {name: value for name, value in vars(options).items() if value != getattr(SampleOptions, name)}
     for name, its, mine in differing(made, made | given):
         if name not in _FREE:
-            raise SampleOptionError(
-                f"--{name.replace('_', '-')} {mine}: {options.samples} was made with {its}; leave the option out, or "
-                "rebuild all days"
-            )
+            raise SampleOptionError(Problem.OTHER_OPTION, name.replace("_", "-"), mine, options.samples, its)
     free = {name: getattr(options, name) for name in _FREE}
     return SampleOptions(**made | free | {"logs": given.get("logs", made["logs"])})
 
@@ -183,9 +177,7 @@ def _files_by_day(before: Storage, known: Collection[str]) -> dict[int, list[str
     for file in [f"{split}/{name}" for split in SPLITS for name in before.list(split)]:
         days = _days_in(file) if _name(file) in known else {}
         if not days:
-            raise SampleOptionError(
-                f"{before.full(file)} is not of the samples that crossmedia samples made there; rebuild all samples"
-            )
+            raise SampleOptionError(Problem.NOT_OUR_FILE, before.full(file))
         for day in days:
             found.setdefault(day, []).append(file)
     return found
@@ -197,7 +189,7 @@ def _opened(before: Storage, file: str) -> Iterator[pq.ParquetFile]:
         with before.open_input(file) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, StorageError) as error:
-        raise SampleError(f"{before.full(file)}: cannot be read: {error}") from error
+        raise SampleError(Problem.UNREADABLE, before.full(file), error) from error
 
 
 def _groups_of_days(before: Storage, kept: Mapping[int, Sequence[str]], known: Mapping[str, int]) -> dict[int, int]:
@@ -272,7 +264,7 @@ def _made_groups(
         lengthened = {day for day, each in reached.items() if each}
         if not may_lack and (without := asked - days - set().union(*reached.values())):
             names = ", ".join(groups.name_of_day(day) for day in sorted(without))
-            raise SampleError(f"{tables.options.logs}/{IMPRESSIONS}: no impressions on {names}")
+            raise SampleError(Problem.NO_IMPRESSIONS, tables.options.logs, names)
         days |= lengthened & known
         # Late rows may have taken groups of a later day into theirs.
         days |= {each for day in days for each in range(day + 1, latest[day] // groups.DAY + 1)} & known
@@ -334,10 +326,7 @@ def _check_same_columns(new: NewFiles, plans: Sequence[groups.FilePlan]) -> None
         with _opened(new.before, file) as parquet:
             old = parquet.schema_arrow
         if not made.equals(old):
-            raise SampleError(
-                f"the columns of the new days ({', '.join(made.names)}) are not those of {new.before.full(file)} "
-                f"({', '.join(old.names)}), or of other types; rebuild all days"
-            )
+            raise SampleError(Problem.OTHER_COLUMNS, ", ".join(made.names), new.before.full(file), ", ".join(old.names))
 
 
 def _keep_the_rest(new: NewFiles, shuffled: Sequence[groups.ShuffledPiece]) -> None:

@@ -28,6 +28,7 @@ from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import Part, neighbours, num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples import groups, logs
 from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
@@ -182,21 +183,21 @@ def _no_rows(place: str, shown: Sequence[groups.ShuffledPiece]) -> SampleError:
     """Explain why the impressions have not one good row, clicks of a table of events aside."""
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     events = sum((part.other_events for part in shown), Counter[str]())
-    texts = [f"not one good row with a value of where; other events are {', '.join(events)}"] if events else []
-    if reasons:
-        examples = examples_of(shown)
-        listed = bad_reasons(dict(reasons.most_common(3)), examples)
-        time = next((reason for reason in reasons if reason.startswith("timestamp")), None)
-        hint = f"; {how_times(examples.get(time, ''))}" if time else ""
-        texts.append(f"{'' if events else 'all '}{reasons.total():,} rows are bad ({listed}){hint}")
-    return SampleError(f"{place}, {logs.IMPRESSIONS}: {'; '.join(texts) or 'not one row'}")
+    if not events and not reasons:
+        return SampleError(Problem.NO_ROWS, f"{place}, {logs.IMPRESSIONS}")
+    listed = bad_reasons(dict(reasons.most_common(3)), examples := examples_of(shown))
+    time = next((reason for reason in reasons if reason.startswith("timestamp")), None)
+    hint = how_times(examples.get(time, "")) if time else ""
+    if not events:
+        return SampleError(Problem.ALL_ROWS_BAD, place, reasons.total(), listed, hint)
+    bad = f"; {reasons.total():,} rows are bad ({listed}){hint}" if reasons else ""
+    return SampleError(Problem.NO_ROW_OF_WHERE, place, ", ".join(events), bad)
 
 
 def how_times(example: str) -> str:
     """Say how a mapping tells the form of times such as the example, which is in quotes."""
     fitting = [f'"{form}"' for form in TIME_FORMATS if is_time(example.strip("'"), form)]
-    forms = " or ".join(fitting) or '"%d/%m/%Y %H:%M:%S"'
-    return f"say in the mapping how times are written: time_format: {forms} (as of strptime), or time_unit: ms"
+    return Problem.TIME_FORM_NEEDED.of(" or ".join(fitting) or '"%d/%m/%Y %H:%M:%S"')
 
 
 def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Client) -> int:
@@ -206,11 +207,7 @@ def num_buckets(asked: int | None, pieces: Sequence[logs.LogPiece], client: Clie
 
 
 def shuffle(
-    client: Client,
-    pieces: Sequence[logs.LogPiece],
-    scratch: Path,
-    num_buckets: int,
-    options: SampleOptions,
+    client: Client, pieces: Sequence[logs.LogPiece], scratch: Path, num_buckets: int, options: SampleOptions
 ) -> dict[str, list[groups.ShuffledPiece]]:
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
@@ -277,7 +274,7 @@ def day_of(text: str, option: str) -> int:
     try:
         moment = datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
-        raise SampleOptionError(f"{option} {text}: write days as 2026-03-20, with commas between them") from None
+        raise SampleOptionError(Problem.NOT_A_DAY, option, text) from None
     return int(moment.timestamp()) // DAY_S
 
 
@@ -294,7 +291,7 @@ def check_test_options(options: SampleOptions) -> None:
     asked = {"test_days": options.test_days, "test_from": options.test_from, "test_share": options.test_share}
     given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value != getattr(SampleOptions, name)]
     if len(given) > 1:
-        raise SampleOptionError(f"give one of {' and '.join(given)}")
+        raise SampleOptionError(Problem.GIVE_ONE, " and ".join(given))
     if options.test_from is not None:
         day_of(options.test_from, "--test-from")
 
@@ -314,10 +311,7 @@ def find_test_day(options: SampleOptions, groups_of_day: Mapping[int, int]) -> i
 def check_train(splits: Collection[str]) -> None:
     """Raise SampleError where nothing is left to train on."""
     if "train" not in splits:
-        raise SampleError(
-            "all impressions are on days for testing: nothing is left to train on; give a log of more days or, by "
-            "--test-days, --test-from or --test-share, fewer days for testing"
-        )
+        raise SampleError(Problem.NOTHING_TO_TRAIN_ON)
 
 
 def write(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,10 @@ import pyarrow.parquet as pq
 from featurestore.keys import NO_IMAGE, AnyArray, Int64Array, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import neighbours
+from pipeline.errors import SampleError
+from pipeline.problems import Problem
 from pipeline.samples import logs
-from pipeline.samples.mapping import CLICKED_AT, TableLayout, two_texts
+from pipeline.samples.mapping import CLICKED_AT, TableLayout
 from trainer.schema.fields import IDS_FILE, IMAGES_FILE, DistinctCount, file_of_month
 from trainer.schema.names import BUCKETS, TEXTS, by_bucket, in_buckets, merged_names, table_of_texts, write_buckets
 from trainer.schema.profile import is_list
@@ -319,7 +322,7 @@ def _merge_names(path: Path, paths: Sequence[str], schema: pa.Schema, before: St
                     known = [] if old is None else [old.read_row_group(bucket).cast(schema)]
                     yield [*known, *(pa.Table.from_batches([each]) for each in batches)]
 
-        error = None if schema is logs.NAMES else two_texts
+        error = None if schema is logs.NAMES else partial(SampleError, Problem.ID_OF_TWO_TEXTS)
         write_buckets(path, schema, (merged_names(tables, error) for tables in of_buckets()))
 
 

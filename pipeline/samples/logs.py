@@ -23,6 +23,7 @@ from featurestore.keys import NO_IMAGE, AnyArray, BoolArray, Float64Array, Int64
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle, near_match
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.problems import Problem
 from pipeline.samples import mapping
 from trainer.schema.profile import CSV_SUFFIXES, SUFFIXES, inner_type, json_hint
 from trainer.schema.suggest import OF_LOG
@@ -45,7 +46,6 @@ WANTED = {
     "dense": "a number",
     "event": "a text or a whole number",
 }
-HOW_TO_MAP = "crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml"
 _CSV_ROW_BYTES = 60  # for a guess at the number of rows
 CLICK = 2  # as the label of a row: it is a click alone, which labels an impression
 _OF_CLICKS = ("timestamp", "user", "item")  # what such a row has to have
@@ -114,7 +114,7 @@ def find_pieces(url: str, log: str, layout: mapping.TableLayout, wanted: WantedR
         layout = _with_joins(storage, files[0], layout)
     pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
     if not pieces and wanted is None:
-        raise SampleError(f"{storage.full(layout.files)}: {len(files)} files and not one row")
+        raise SampleError(Problem.EMPTY_FILES, storage.full(layout.files), len(files))
     return pieces
 
 
@@ -123,15 +123,10 @@ def _files_of(storage: Storage, log: str, layout: mapping.TableLayout) -> list[s
     files = _files(storage, layout.files, SUFFIXES if layout.takes_text else SUFFIXES[:1])
     if not files:
         if storage.is_local and not Path(storage.url).exists():
-            raise SampleOptionError(f"there is no folder {storage.url}")
-        wanted_there = (
-            f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
-            if layout.takes_text
-            else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/, or a mapping: "
-            + HOW_TO_MAP.format(logs=storage.url)
-        )
-        hint = json_hint(_names_at(storage, layout.files))
-        raise SampleOptionError(f"{storage.full(layout.files)}: {wanted_there}{hint}")
+            raise SampleOptionError(Problem.NO_FOLDER, storage.url)
+        problem = (Problem.NO_MAPPED_FILES, log) if layout.takes_text else (Problem.NO_LOG_FILES, storage.url)
+        where, found = storage.full(layout.files), _names_at(storage, layout.files)
+        raise SampleOptionError(problem[0], where, problem[1], json_hint(found))
     return files
 
 
@@ -238,10 +233,7 @@ def _without_repetitions(table: pa.Table, layout: mapping.TableLayout, place: st
     differing = [row for row, one, other in zip(again.tolist(), mine, theirs, strict=True) if str(one) != str(other)]
     if differing:
         others = ", ".join(name for ours, name in layout.names.items() if ours != mapping.KEY)
-        raise SampleError(
-            f"{place}: {key} {table.column(key)[differing[0]].as_py()} is in several rows, which differ in {others}; "
-            "leave one of them"
-        )
+        raise SampleError(Problem.ROWS_DIFFER, place, key, table.column(key)[differing[0]].as_py(), others)
     return table.take(np.delete(np.arange(len(table)), again + 1))
 
 
@@ -284,10 +276,7 @@ def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
     """List the file at `place`, or those below it with these endings, but hidden ones. Raises SampleOptionError."""
     found = _names_at(storage, place)
     if any("/_delta_log/" in f"/{path}" or path.endswith(".metadata.json") for path in found):
-        raise SampleOptionError(
-            f"{storage.full(place)}: a table of Delta or Iceberg, whose files have removed rows too; name its own "
-            "folder by files in a mapping"
-        )
+        raise SampleOptionError(Problem.TABLE_OF_LAKE, storage.full(place))
     return [
         path
         for path in found
@@ -315,7 +304,7 @@ def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq
         check_names(parquet)
         return parquet
     except (pa.ArrowException, OSError, StorageError, UnicodeDecodeError) as error:
-        raise SampleError(f"{storage.full(path)}: not readable as Parquet: {error}") from error
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "Parquet", error) from error
 
 
 def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
@@ -357,19 +346,20 @@ def _times(file: pq.ParquetFile, group: int, piece: LogPiece) -> tuple[int, int]
 
 
 def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
-    where = f"{Storage(piece.url).full(piece.path)}: column"
+    where, takes_text = Storage(piece.url).full(piece.path), piece.layout.takes_text
+    hint = "" if takes_text else Problem.MAPPING_NEEDED.of(piece.url)
     for ours, kind in piece.layout.kinds.items():
         name = piece.layout.names[ours]
         if name not in schema.names:
-            key = _key_of(ours, piece)
-            raise SampleOptionError(f"{where} {name!r}{key} is missing; {near_match(name, schema.names)}{_hint(piece)}")
+            near = near_match(name, schema.names)
+            raise SampleOptionError(Problem.COLUMN_MISSING, where, name, _key_of(ours, piece), near, hint)
         if schema.names.count(name) > 1:
-            raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
+            raise SampleError(Problem.REPEATED_COLUMN, where, name, schema.names.count(name))
         found = schema.field(name).type
         is_list = kind == "profiles" and ours not in piece.layout.separators
-        if not (_is_id_list(found) if is_list else _fits(found, kind, piece.layout.takes_text)):
-            or_text = ", or text" if piece.layout.takes_text and kind not in ("image", "profiles") else ""
-            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}{_hint(piece)}")
+        if not (_is_id_list(found) if is_list else _fits(found, kind, takes_text)):
+            or_text = ", or text" if takes_text and kind not in ("image", "profiles") else ""
+            raise SampleError(Problem.WRONG_TYPE, where, name, found, WANTED[kind] + or_text, hint)
 
 
 def _key_of(ours: str, piece: LogPiece) -> str:
@@ -380,13 +370,6 @@ def _key_of(ours: str, piece: LogPiece) -> str:
     keys |= {name: f"user.{name}" for name in piece.layout.user_columns}
     keys |= {name: f"ad.{name}" for name in piece.layout.ad_columns}
     return f" ({piece.log}.{keys.get(ours, f'columns.{ours}')} of the mapping)"
-
-
-def _hint(piece: LogPiece) -> str:
-    """Explain how tables of other names and types are read, unless a mapping was given."""
-    if piece.layout.takes_text:
-        return ""
-    return f"; columns of other names or types need a mapping: {HOW_TO_MAP.format(logs=piece.url)}"
 
 
 def _is_id_list(found: pa.DataType) -> bool:
@@ -542,7 +525,7 @@ def _read_table(piece: LogPiece) -> mapping.CsvRows:
         try:
             table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
+            raise SampleError(Problem.UNREADABLE, storage.full(piece.path), error) from error
     return mapping.CsvRows(table, {}, {})
 
 
@@ -568,7 +551,7 @@ def _column(
     """
     column: Any = table.column(layout.names[name])
     if layout.kinds[name] == "image":
-        keys_N, names_of_images = _images(column, f"{where}: column {layout.names[name]!r}")
+        keys_N, names_of_images = _images(column, where, layout.names[name])
         if names is not None:
             names.append(names_of_images)
         return keys_N, {}
@@ -604,13 +587,13 @@ def _arrays(
     return value_N, {} if kind == "profile" else null
 
 
-def _images(column: Any, where: str) -> tuple[Int64Array, pa.Table]:
+def _images(column: Any, where: str, name: str) -> tuple[Int64Array, pa.Table]:
     """Read the key of each image, NO_IMAGE where it is null or has no name, and the names that rows have, each once."""
     is_encoded = pa.types.is_dictionary(column.type)
     if column.null_count == len(column):
         return np.full(len(column), NO_IMAGE), NAMES.empty_table()
     if pa.types.is_floating(column.type):
-        raise SampleError(f"{where} is {column.type}, wanted is {WANTED[mapping.IMAGE]}")
+        raise SampleError(Problem.WRONG_TYPE, where, name, column.type, WANTED[mapping.IMAGE], "")
     if pa.types.is_integer(column.type.value_type if is_encoded else column.type):
         return column.cast(pa.int64()).fill_null(NO_IMAGE).to_numpy(), NAMES.empty_table()
     if not is_encoded:

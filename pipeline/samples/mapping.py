@@ -35,6 +35,7 @@ from featurestore.text import (
     parse_decimal_comma,
 )
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.problems import Problem
 from trainer.schema.suggest import NEEDED, OF_LOG
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
@@ -59,7 +60,7 @@ class _Section(BaseModel):
 
 def _delimiter(value: str) -> str:
     if len(value) != 1 or not value.isascii() or not (value.isprintable() or value == "\t") or value == '"':
-        raise ValueError(f'{value!r} is not one ASCII character, other than " and line breaks')
+        raise ValueError(Problem.NOT_A_DELIMITER.of(value))
     return value
 
 
@@ -180,7 +181,7 @@ class ExtraColumn(_Section):
     @model_validator(mode="after")
     def _splits_lists(self) -> Self:
         if self.split is not None and self.kind != "multi_id":
-            raise ValueError(f"split is for kind multi_id, not {self.kind}")
+            raise ValueError(Problem.SPLIT_OF_NO_LIST.of(self.kind))
         return self
 
 
@@ -214,7 +215,7 @@ class EventRows(_Section):
     @model_validator(mode="after")
     def _differ(self) -> Self:
         if both := set(self.value) & set(self.clicked):
-            raise ValueError(f"{min(both)} is a value of rows and of clicks")
+            raise ValueError(Problem.VALUE_OF_BOTH.of(min(both)))
         return self
 
 
@@ -242,9 +243,9 @@ def _time_format(value: str) -> str:
     try:
         moment = datetime.strptime(datetime(2026, 2, 5, 13, 45, 30, tzinfo=UTC).strftime(value), value)
     except ValueError as failure:
-        raise ValueError(f"{value!r} is not a format of Python's strptime: {failure}") from failure
+        raise ValueError(Problem.NOT_A_TIME_FORMAT.of(value, failure)) from failure
     if (moment.year, moment.month, moment.day) != (2026, 2, 5):
-        raise ValueError(f"{value!r} does not have year, month and day, as %d/%m/%Y %H:%M has them")
+        raise ValueError(Problem.NO_DAY_IN_FORMAT.of(value))
     return value
 
 
@@ -268,24 +269,22 @@ class LogMapping(_Section):
         for log, table in (("impressions", self.impressions), ("behaviors", behaviors)):
             known = (*REQUIRED[log], *OPTIONAL[log])
             if unknown := [name for name in table.columns if name not in known]:
-                raise ValueError(f"{log}.columns.{unknown[0]} is unknown; known: {', '.join(known)}")
+                raise ValueError(Problem.UNKNOWN_COLUMN.of(log, unknown[0], ", ".join(known)))
             if nothing := [name for name, column in table.columns.items() if column is None and name != IMAGE]:
-                raise ValueError(f"{log}.columns.{nothing[0]} is null; only image may be: name its column")
+                raise ValueError(Problem.NULL_COLUMN.of(log, nothing[0]))
         if self.impressions.where and self.impressions.where.clicked and "label" in self.impressions.columns:
-            raise ValueError("impressions.columns.label: a click labels the impressions, by clicked; leave one out")
+            raise ValueError(Problem.LABEL_AND_CLICKED.of())
         if behaviors.where and behaviors.where.clicked:
-            raise ValueError("behaviors.where.clicked: only impressions have clicks; name the clicks by value")
+            raise ValueError(Problem.CLICKED_BEHAVIORS.of())
         if behaviors.user:
-            raise ValueError("behaviors has no user columns; those of users belong below impressions")
+            raise ValueError(Problem.USER_OF_BEHAVIORS.of())
         if lists := [name for name, extra in behaviors.ad.items() if extra.kind == "multi_id"]:
-            raise ValueError(f"behaviors.ad.{lists[0]}: a behaviour has one value of kind id or dense, and no list")
+            raise ValueError(Problem.LIST_OF_BEHAVIORS.of(lists[0]))
         for name in (*self.impressions.user, *self.impressions.ad, *behaviors.ad):
             if name in TAKEN or name.startswith(("behavior_", "ad_")) or (name == "age" and name in behaviors.ad):
-                raise ValueError(
-                    f"a further column cannot be called {name}: the samples have that; rename it by column:"
-                )
+                raise ValueError(Problem.TAKEN_NAME.of(name))
         if both := self.impressions.user.keys() & self.impressions.ad.keys():
-            raise ValueError(f"{min(both)} is below user and below ad; give one of them another name by column:")
+            raise ValueError(Problem.NAME_OF_BOTH.of(min(both)))
         return self
 
     def layout(self, log: str) -> TableLayout:
@@ -331,11 +330,9 @@ def load_mapping(path: Path) -> LogMapping:
     except ValidationError as error:
         raise SampleOptionError("\n".join(f"{path}: {line}" for line in mistakes(error, "mapping"))) from error
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise SampleOptionError(
-            f"--mapping {path} is not a file; crossmedia schema inspect LOGS --out mapping.yaml writes a first one"
-        ) from error
+        raise SampleOptionError(Problem.NO_MAPPING_FILE, path) from error
     except (OSError, ValueError) as error:
-        raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
+        raise SampleOptionError(Problem.UNREADABLE_AS, path, "YAML", error) from error
 
 
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
@@ -356,15 +353,10 @@ def parse_ids(column: Any, texts: dict[int, str] | None = None) -> Parsed:
     def parse(text: str) -> int:
         number = id_of_text(text)
         if texts is not None and str(number) != text and texts.setdefault(number, text) != text:
-            raise two_texts(number, texts[number], text)
+            raise SampleError(Problem.ID_OF_TWO_TEXTS, number, texts[number], text)
         return number
 
     return _each(column, parse, np.int64)
-
-
-def two_texts(number: int, first: str, second: str) -> SampleError:
-    """Return the error that two texts have one id."""
-    return SampleError(f"id {number} is that of two texts of the logs, {first!r} and {second!r}: rename one")
 
 
 def parse_id_lists(column: Any, texts: dict[int, str] | None = None) -> AnyArray:
@@ -446,14 +438,14 @@ def csv_beginning(storage: Storage, path: str, given: CsvSettings) -> tuple[CsvS
         style = find_style(beginning, **given.model_dump())
         return style, first_rows(beginning, style, _FIRST_ROWS)
     except (OSError, StorageError, CsvTextError) as error:
-        raise SampleError(f"{storage.full(path)}: not readable as CSV: {error}") from error
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "CSV", error) from error
 
 
 def csv_names(storage: Storage, path: str, style: CsvStyle) -> list[str]:
     """Read the names in the file's first line. Raises SampleError."""
     rows = csv_beginning(storage, path, CsvSettings(**asdict(style)))[1]
     if not rows:
-        raise SampleError(f"{storage.full(path)}: not readable as CSV: it is empty, without a line of names")
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "CSV", "it is empty, without a line of names")
     return rows[0]
 
 
@@ -488,13 +480,10 @@ def read_csv(storage: Storage, path: str, names: Sequence[str], style: CsvStyle)
                 parse_options=_parse(style.delimiter, torn),
                 convert_options=convert,
             )
-    except CsvTextError as error:
-        raise SampleError(f"{storage.full(path)}, {error}") from error
-    except (OSError, StorageError) as error:
-        raise SampleError(f"{storage.full(path)}: {error}") from error
+    except (OSError, StorageError, CsvTextError) as error:
+        raise SampleError(Problem.UNREADABLE_AS, storage.full(path), "CSV", error) from error
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        hint = f"where it is not {style.encoding}, say so in the mapping, as csv: {{encoding: latin-1}}"
-        raise SampleError(f"{storage.full(path)}: {error}; {hint}") from error
+        raise SampleError(Problem.WRONG_ENCODING, storage.full(path), error, style.encoding) from error
     return CsvRows(table, torn, {row: SWALLOWED for row, each in long.items() if each.swallowed and row not in torn})
 
 

@@ -17,6 +17,7 @@ from featurestore.published import versions
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage, in_threads
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.problems import Problem
 
 SPLITS = ("train", "test")
 MARK = "summary.json"
@@ -76,7 +77,7 @@ def replaced_files(
             yield new
             _publish(place, new, before is not None)
     except OSError as error:
-        raise SampleError(f"cannot make the samples for {target}: {error or type(error).__name__}") from error
+        raise SampleError(Problem.SAMPLES_NOT_MADE, target, str(error) or type(error).__name__) from error
     versions.expire(place, keep_days * _DAY_S)
 
 
@@ -93,12 +94,12 @@ def _next_to(name: str, before: Storage | None, spared: Mapping[str, str]) -> It
             for kept, kept_before in new.kept.items():
                 _link(Path(new.before.url, kept_before), folder / kept)
             if before is not None and _inode(before) != folder_before:
-                raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
+                raise CommitConflictError(Problem.REPLACED_MEANWHILE, target)
             (folder / LOCK).unlink()
             _check_replaceable(target)
             _swap(folder, target)
     except OSError as error:
-        raise SampleError(f"cannot make the samples in {target}: {error or type(error).__name__}") from error
+        raise SampleError(Problem.SAMPLES_NOT_MADE, target, str(error) or type(error).__name__) from error
 
 
 def _inode(folder: Storage) -> int | None:
@@ -148,25 +149,20 @@ def _building(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _check_named(target: str, spared: Mapping[str, str]) -> None:
     if not target.strip() or "\0" in target:
-        raise SampleOptionError(f"{target!r} is not a folder name; name a folder for the samples")
+        raise SampleOptionError(Problem.NOT_A_FOLDER, target)
     place = Path(os.path.realpath(target))  # not Path.resolve, which raises for a circle on Python 3.11
     if Path.cwd().is_relative_to(place):
-        raise SampleOptionError(
-            f"{target} is the folder that this command runs in, or one above it, and would be replaced by the samples;"
-            " name another"
-        )
+        raise SampleOptionError(Problem.OWN_FOLDER, target)
     for option, path in spared.items():
         if "://" not in path and Path(os.path.realpath(path)).is_relative_to(place):
-            raise SampleOptionError(
-                f"{target} would be replaced by the samples, with {option} {path} in it; name another"
-            )
+            raise SampleOptionError(Problem.OPTION_INSIDE, target, option, path)
 
 
 def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise SampleOptionError(f"{target} is a file; name a folder for the samples")
+        raise SampleOptionError(Problem.NOT_A_FOLDER, str(target))
     _check_samples(str(target), {path.name for path in target.iterdir()})
 
 
@@ -174,10 +170,7 @@ def _check_samples(place: str, names: Collection[str]) -> None:
     """Raise SampleOptionError where the names at a place show that it holds something else."""
     lacking = next((name for name in (MARK, "train") if name not in names), None)
     if names and lacking:
-        raise SampleOptionError(
-            f"{place} has files that are not samples (it has no {lacking}), and its content would be replaced; name"
-            " another place or empty it"
-        )
+        raise SampleOptionError(Problem.NOT_SAMPLES, place, lacking)
 
 
 def _swap(building: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from featurestore.errors import naming
 from featurestore.published.versions import open_published
 from pipeline.errors import SampleError
+from pipeline.problems import Problem
 from pipeline.samples.added import options_of
 from pipeline.samples.build import LogTables, latest_of, open_tables, rules_of
 from pipeline.samples.groups import make_groups, no_rows, table_of_groups
@@ -80,6 +81,6 @@ def _read(
         parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
     for part in parts:
         if part.bad_reason:
-            raise SampleError(f"row {part.bad_row[0]} of the {log}: {part.bad_reason[0]}")
+            raise SampleError(Problem.BAD_ROW, part.bad_row[0], log, part.bad_reason[0])
     columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
     return columns, pieces[0].layout.user_columns, pieces[0].layout.ad_columns

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
+from benchmarks.problems import Problem
 from benchmarks.process import fuxictr_python
 from benchmarks.quality import compare, heldout
 from benchmarks.quality.__main__ import app
@@ -25,6 +26,7 @@ from benchmarks.quality.heldout import JUDGED, hold_out, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies, write_pretrained
 from benchmarks.quality.runs import Spec
 from tests.cli import figures_of
+from tests.raised import raises, told
 from tests.running.spared import WITHOUT_PANDAS
 from tests.trainer.conftest import make_days
 from trainer.config import load_config
@@ -89,9 +91,9 @@ def test_days_are_cut_by_their_impressions(place: Path, monkeypatch: pytest.Monk
     assert compare.cut_days(place / "samples") == (DAYS[:2], DAYS[2:3], DAYS[3:])
     (tmp_path / "train").mkdir()
     shutil.copy(place / "samples" / "train" / f"day={DAYS[0]}.parquet", tmp_path / "train")
-    with pytest.raises(DataError, match="has 1 days"):
+    with raises(DataError, Problem.TOO_FEW_DAYS, where=tmp_path, value=1):
         compare.cut_days(tmp_path)
-    with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
+    with raises(DataError, Problem.TOO_FEW_TO_TUNE, where=tmp_path, value=1):
         parse(f"one={tmp_path}", 1).tuning_days()
     days = [f"2026-01-{day:02}" for day in range(1, 11)]
     monkeypatch.setattr(compare, "impressions_by_day", lambda _: dict.fromkeys(days, 10))
@@ -191,7 +193,7 @@ def test_different_rows_and_wrong_data_sets_are_refused() -> None:
     with pytest.raises(AssertionError, match="measured different rows"):
         compare.check_same_rows({("a", "dnn", "ours"): [[epoch]], ("a", "dnn", "fuxictr"): [[{**epoch, "clicks": 2}]]})
     for text in ("samples", "=samples", "a=", "a b=samples"):
-        with pytest.raises(ValueError, match="is not NAME=SAMPLES"):
+        with pytest.raises(ValueError, match=told(Problem.NOT_NAMED_SAMPLES, value=text)):
             parse(text, 1)
 
 

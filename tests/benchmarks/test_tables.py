@@ -1,6 +1,7 @@
 """Tables of variants and seeds: the files that come with them, runs that are made once, and their figures."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 
+from benchmarks.problems import Problem
 from benchmarks.tables.__main__ import app
 from benchmarks.tables.runs import Runner, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
@@ -16,6 +18,7 @@ from featurestore.format.datafile import FeatureRows
 from featurestore.store import FeatureStore
 from tests.cli import invoke
 from tests.pages import check_page
+from tests.raised import told
 from tests.trainer.conftest import change_column, make_places
 from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
@@ -61,8 +64,11 @@ def test_gains_are_paired_by_seed() -> None:
 def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     for text, says in [
-        ("tables: {a: {title: t, variants: {x: {setings: {}}}}}", "setings is unknown"),
-        ("tables: {a: {title: t, variants: {x: {against: y}}}}", "no variant 'y' to compare with"),
+        ("tables: {a: {title: t, variants: {x: {setings: {}}}}}", "setings"),
+        (
+            "tables: {a: {title: t, variants: {x: {against: y}}}}",
+            told(Problem.NO_SUCH_VARIANT, where=file, table="a", value="y"),
+        ),
         ("[]", "has to be a mapping"),
     ]:
         file.write_text(text)
@@ -146,9 +152,9 @@ def test_days_and_clicks_that_a_variant_lacks_are_told(tmp_path: Path) -> None:
     change_column(file, "label", lambda rows: [[0] * len(row) for row in rows])
     for _ in range(2):  # also of a run that is found again
         done = call(PAPER, "--table", "images", "--seeds", 1, out=out, settings=settings)
-        assert done.exit_code == 1 and "has no GAUC, which the tables compare" in done.output
+        assert done.exit_code == 1 and re.search(told(Problem.NO_GAUC), done.output)
     assert len(reports(out)) == 1
     (tmp_path / "samples" / "train" / "day=2026-01-03.parquet").unlink()
     done = call(PAPER, "--seeds", 1, out=tmp_path / "none", settings=settings)
-    assert done.exit_code == 1 and "has 2 days of samples; warm-up" in done.output
+    assert done.exit_code == 1 and re.search(told(Problem.TOO_FEW_TO_WARM_UP, value=2), done.output)
     assert not (tmp_path / "none").exists()

@@ -1,15 +1,18 @@
 """Samples on a Dask cluster over TLS: scheduler, workers and client are on hosts of their own."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.problems import Problem
 from tests.cli import wait_until
 from tests.cluster.hosts import ROOT, Network, num_lines
 from tests.pipeline.samples.rows import all_bytes, random_logs, write
+from tests.raised import told
 from tests.security.certificates import Certificate
 
 HOSTS = ["head", "a", "b", "client"]
@@ -84,9 +87,9 @@ def test_a_plain_address_is_refused_and_so_is_the_certificate_of_another_authori
 ) -> None:
     client = dask.net["client"]
     plain = client.run(DASK_SUBMIT, "--scheduler", "tcp://head:8786", BUILD, "--help", check=False)
-    assert plain.returncode == 2 and "beyond loopback and without TLS" in plain.stderr
+    assert plain.returncode == 2 and re.search(told(Problem.INSECURE_SCHEDULER, where="tcp://head:8786"), plain.stderr)
     none = client.run(DASK_SUBMIT, "--scheduler", dask.address, BUILD, "--help", check=False)
-    assert none.returncode != 0 and "needs TLS certificates" in none.stderr
+    assert none.returncode != 0 and re.search(told(Problem.NO_CERTIFICATES, where=dask.address), none.stderr)
     stranger = dask.variables(Certificate(tmp_path / "tls", "client"))
     refused = client.run(DASK_SUBMIT, "--scheduler", dask.address, BUILD, "--help", env=stranger, check=False)
     assert refused.returncode != 0 and "Traceback" not in refused.stderr and "error:" in refused.stderr

@@ -16,8 +16,10 @@ import pytest
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
 from featurestore.console.commandline import CommandGroup, command_of, end_of_help, help_blocks
+from pipeline.problems import Problem
 from tests.cli import ran
 from tests.commands.calls import COMMANDS, ROOT
+from tests.raised import told
 
 NOT_OF_THE_FRONT = {"pipeline.cluster.submit"}
 QUICK_S, BUSY = 0.6, 2  # other tests run beside this one: what takes 0.4 seconds alone may take twice as long
@@ -102,19 +104,19 @@ def parsed(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["trian"], r"^error: No such command 'trian'\. Did you mean 'train'\? \(see crossmedia --help\)$"),
-        (["extract", "--memory-limit", "1B"], "--memory-limit.*below 128 MiB"),
-        (["extract", "-n", "2", "--scheduler", "tcp://127.0.0.1:1"], "--scheduler.*exclude each other"),
+        (["extract", "--memory-limit", "1B"], f"--memory-limit.*{told(Problem.TOO_LITTLE_MEMORY, value='1B')}"),
+        (["extract", "-n", "2", "--scheduler", "tcp://127.0.0.1:1"], f"--scheduler.*{told(Problem.SEVERAL_CLUSTERS)}"),
     ],
 )
 def test_a_wrong_line_is_one_message(
-    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert called(monkeypatch, *words) == 2
-    message = capsys.readouterr().err
-    assert re.search(told, message) and message.count("\n") == 1, message
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize(
@@ -162,9 +164,10 @@ def test_a_job_runs_on_a_local_cluster_of_its_own_options_and_by_dask_submit(tmp
     """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
     done = started("samples", "-n", "1", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
     assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 1, threads 1\n", done.stderr)
-    assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
+    missing = told(Problem.NO_FOLDER, where=tmp_path / "missing")
+    assert done.returncode == 2 and re.search(f"^error: {missing}", done.stderr, re.MULTILINE)
     line = ("-c", "from pipeline.cluster.submit import main; main()")
     words = ("-n", "1", PROGRAM, "samples", "--days", "yesterday")  # which is refused before a cluster starts
     (tmp_path / PROGRAM).mkdir()
-    done = started(*words, folder=tmp_path, line=line)
-    assert done.returncode == 2 and re.search(r"^error: .*yesterday", done.stderr, re.MULTILINE)
+    done, not_a_day = started(*words, folder=tmp_path, line=line), told(Problem.NOT_A_DAY, value="yesterday")
+    assert done.returncode == 2 and re.search(f"^error: {not_a_day}$", done.stderr, re.MULTILINE)

@@ -95,7 +95,7 @@ def test_features_by_uri_key_and_arrays(places: Places, tmp_path: Path) -> None:
     assert "<th>rows</th><td>50</td>" in store._repr_html_()
     assert "<th>version</th><td>1</td>" in store._repr_html_()
     assert "version=1" in repr(stored) and "<th>operation</th>" in stored._repr_html_()
-    with pytest.raises(MissingKeysError, match=r"1 image has no feature in snapshot 1 of .*: item/3$"):
+    with pytest.raises(MissingKeysError, match=rf"^1 .* 1 of {places.folder}/features: item/3$"):
         store["item/3"]
     with pytest.raises(ImageNameError, match="by its uri"):
         store[[1.5]]
@@ -114,9 +114,9 @@ def test_a_run_is_trained_and_found_again_and_has_a_vector_of_each_image(run: cm
         assert f" auc={run.metrics['auc']:.4f}" in repr(run) and "gauc" not in repr(run)
         assert "<th>auc</th>" in run._repr_html_()
     assert cm.open_run(run.folder).metrics == run.metrics
-    with pytest.raises(ConfigError, match="not a run's folder"):
+    with pytest.raises(ConfigError, match="nowhere"):
         cm.Run("nowhere")
-    with pytest.raises(ConfigError, match="not a run's folder"):
+    with pytest.raises(ConfigError, match="/samples"):
         cm.open_run(places.folder / "samples")
     with pytest.raises(ConfigError, match=r"model\.imagse"):
         cm.train(places.folder / "samples", settings={"model.imagse": "both"})
@@ -183,11 +183,11 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
     assert run.score(nobody).num_rows == 1, "a list without a value has no type in Arrow"
     without_ads = [name for name in few.column_names if not name.startswith("ad_")]
     for table, told in (
-        ([1, 2], "list is not a table"),
+        ([1, 2], r"^list "),
         ({"user": [1], "ad_item": [1, 2]}, "cannot be read"),
-        (few.drop_columns(["ad_item"]), "the table.*is missing"),
-        ({"user": [1]}, "lack 7 of 8 columns: behavior_item, .* makes such rows of a raw log"),
-        (few.select(without_ads), "no column of an ad"),
+        (few.drop_columns(["ad_item"]), "ad_item"),
+        ({"user": [1]}, r"\b7\b.*\b8\b.*: behavior_item, .*crossmedia\.with_behaviors"),
+        (few.select(without_ads), "ad_item"),
     ):
         with pytest.raises(UserError, match=told):
             run.score(table)
@@ -219,14 +219,14 @@ def test_samples_are_made_of_tables(tmp_path: Path) -> None:
     assert made["impressions"]["kept"] == 6
     for tables, options, message in (
         ({"other": pa.table(log)}, {}, "shown.parquet"),
-        ({"shown": pa.table(log)}, {"label": "liked"}, "label=liked: .* has label: clicked; correct it, or remove it"),
+        ({"shown": pa.table(log)}, {"label": "liked"}, "label=liked: .* clicked"),
     ):
         with pytest.raises(UserError, match=message):
             cm.build_samples(tables, tmp_path / "samples", **options)
         (kept,) = tmp_path.glob("samples-logs*/*.parquet")
         assert kept.name == "shown.parquet" and pq.read_metadata(kept).num_rows == 6
     odd = pa.table({"bought" if name == "clicked" else name: each for name, each in log.items()} | {"gift": [0, 1] * 4})
-    with pytest.raises(DataError, match=r"name it by label; columns of log\.parquet: ts, user_id, sku, bought, gift"):
+    with pytest.raises(DataError, match=r"log\.parquet: ts, user_id, sku, bought, gift"):
         cm.build_samples(odd, tmp_path / "odd")
     for _ in range(2):  # with the mapping that was guessed, too
         assert cm.build_samples(odd, tmp_path / "odd", label="bought")["impressions"]["kept"] == 8
@@ -245,12 +245,12 @@ def test_a_server_gives_the_scores_of_its_model(model: cm.Model, impressions: pa
         assert client.score(groups).equals(model.score(groups))
         assert repr(client) == f"Client('http://127.0.0.1:{port}')"
         for scorer in (model, client):
-            with pytest.raises(DataError, match=r"crossmedia\.with_behaviors makes such rows of a raw log"):
+            with pytest.raises(DataError, match=r"crossmedia\.with_behaviors"):
                 scorer.score({"user_id": [1], "sku": [2]})
-        with pytest.raises(UserError, match=r"answers 400: .*ad_item") as refused:
+        with pytest.raises(UserError, match=r"\b400\b.*ad_item") as refused:
             client.score(impressions.drop_columns(["ad_item"]))
         assert "{" not in str(refused.value), "the server's sentence, and no JSON"
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(UserError, match=f"^http://127.0.0.1:{port} "):
         client.score(groups)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import pytest
 from PIL import Image
 
 from jobs.make_demo_data import app
+from pipeline.problems import Problem
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, documented_layout, find_pieces
 from tests.cli import invoke, ran, said
+from tests.raised import told
 
 pytestmark = pytest.mark.long  # they draw whole data sets
 JOB = Path(__file__).parents[2] / "jobs" / "make_demo_data.py"
 TINY = ["--items", "40", "--users", "60", "--days", "5"]
 
 
-def _make(out: Path, *arguments: str, code: int = 0) -> str:
-    return invoke(app, "--out", out, *(arguments or TINY), code=code).output
+def _make(out: Path, *arguments: str) -> str:
+    return invoke(app, "--out", out, *(arguments or TINY), code=0).output
 
 
 def _digests(out: Path) -> dict[str, str]:
@@ -83,9 +86,10 @@ def test_another_demo_is_replaced_only_with_force_and_only_its_own_files(tmp_pat
     _make(tmp_path, *TINY, "--items", "60")
     mine = tmp_path / "images" / "mine.jpg"
     mine.write_bytes(b"mine")
-    refused = _make(tmp_path, code=1)
-    assert "items: 60 there, 40 wanted" in refused
-    assert "--force" in refused
+    other = re.compile("items: 60 there, 40 wanted")
+    assert re.search(
+        told(Problem.OTHER_DEMO, where=tmp_path, options=other), said(app, "--out", tmp_path, *TINY, code=1)
+    )
     _make(tmp_path, *TINY, "--force")
     assert len(list((tmp_path / "images").rglob("item-*.jpg"))) == 40
     assert mine.read_bytes() == b"mine"
@@ -96,12 +100,14 @@ def test_files_of_others_are_never_touched(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_bytes(b"mine")
     for arguments in ((), ("--force",)):
-        assert "was not made by this job" in _make(tmp_path, *TINY, *arguments, code=1)
+        text = said(app, "--out", tmp_path, *TINY, *arguments, code=1)
+        assert re.search(told(Problem.IN_THE_WAY, where=tmp_path / name.partition("/")[0]), text)
         assert _digests(tmp_path).keys() == {name}
 
 
 def test_a_place_that_cannot_be_written_is_one_message() -> None:
-    assert "cannot write the demo to /proc/demo: [Errno" in said(app, "--out", "/proc/demo", *TINY, code=1)
+    text = said(app, "--out", "/proc/demo", *TINY, code=1)
+    assert re.search(told(Problem.DEMO_NOT_WRITTEN, where="/proc/demo", reason=re.compile(r"\[Errno")), text)
 
 
 @pytest.fixture
@@ -133,5 +139,6 @@ def test_own_photographs_stay_where_they_are_and_too_few_are_refused(photos: Pat
     assert json.loads((out / "demo.json").read_text())["counts"]["items"] == 39, "photographs are looked at each time"
     for path in sorted(photos.glob("*.png"))[5:]:
         path.unlink()
-    assert "5 readable images" in _make(tmp_path / "few", "--images", str(photos), code=1)
+    few = said(app, "--out", tmp_path / "few", "--images", photos, code=1)
+    assert re.search(told(Problem.TOO_FEW_IMAGES, value=5, where=photos), few)
     assert not (tmp_path / "few").exists(), "nothing is left behind"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from featurestore.store import FeatureStore
 from jobs import build_samples, extract_features
 from pipeline.errors import PipelineError
 from pipeline.features.refresh import RefreshSummary
+from pipeline.problems import Problem
 from pipeline.store_run import BadRow
 from tests.cli import invoke, ran, said
 from tests.pipeline.conftest import draw_photo, encode_image
 from tests.pipeline.samples.rows import DAY_S, done, shown, write
+from tests.raised import told
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DASK_SCHEDULER")}
 
@@ -69,21 +72,26 @@ def test_a_folder_that_cannot_be_replaced_is_refused(inside, place):
     for _ in range(2):  # the second time the folder counts as one of samples
         for samples in (".", "..", "", " ", "/", "data/../.", f"../{place.name}"):
             line = inside("--samples", samples)
-            assert "is the folder that this command runs in, or one above" in line or "is not a folder name" in line
+            named = {"where": samples} if samples.strip() else {}
+            problem = Problem.OWN_FOLDER if named else Problem.NOT_A_FOLDER
+            assert re.fullmatch(f"error: {told(problem, **named)}", line)
         (place / "summary.json").touch()
     (place / "data/summary.json").touch()
-    assert "data would be replaced by the samples, with --logs data/logs in it" in inside("--samples", "data")
+    assert Problem.OPTION_INSIDE.of("data", "--logs", "data/logs") in inside("--samples", "data")
     assert (place / "data/logs/behaviors/day=00.parquet").is_file()
     (place / "file").write_text("mine")
     for samples in ("file/samples", "/proc/samples"):
-        assert inside("--samples", samples, code=1).startswith(f"error: cannot make the samples in {samples}: [Errno")
+        line = inside("--samples", samples, code=1)
+        assert re.fullmatch(f"error: {told(Problem.SAMPLES_NOT_MADE, where=samples)}", line) and "[Errno" in line
 
 
 def test_a_wrong_network_is_a_usage_error_before_a_cluster_starts(monkeypatch):
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
     network = ["--weights", "random:3", "--backbone", "resnet18:avgpol"]
-    assert "neither imagenet, random:SEED, nor a file" in said(extract_features.app, "--weights", "text.pth", code=2)
-    assert "resnet18 has no layer 'avgpol'; near: avgpool" in said(extract_features.app, *network, code=2)
+    text = said(extract_features.app, "--weights", "text.pth", code=2)
+    assert re.search(told(Problem.NO_SUCH_WEIGHTS, value="text.pth"), text)
+    values = {"where": network[3], "model": "resnet18", "value": "avgpol", "near": re.compile(".*avgpool.*?")}
+    assert re.search(told(Problem.NO_SUCH_LAYER, **values), said(extract_features.app, *network, code=2))
 
 
 def test_the_summary_names_what_was_bad():

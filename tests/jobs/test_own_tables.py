@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import build_samples
 from pipeline.import_vectors import extractor_of
+from pipeline.problems import Problem
 from pipeline.samples import mapping
 from tests.cli import invoke, said
-from tests.pipeline.samples.rows import read, replaced
+from tests.pipeline.samples.rows import missing, read, replaced
+from tests.raised import told
 from tests.trainer.whole_runs import trained_beside
 from trainer.config import load_config
 from trainer.samples.survey import IdDictionary
@@ -90,6 +93,12 @@ def changed(**changes):
         *tables, name = path.split("__")
         (made.setdefault(tables[0], {}) if tables else made)[name] = value
     return made
+
+
+def unreadable(file, reason):
+    """A regular expression of the sentence that a file is not CSV."""
+    where, why = re.compile(f".*/{file}"), re.compile(reason)
+    return told(Problem.UNREADABLE_AS, where=where, form="CSV", reason=why)
 
 
 def inspect(*args, code=0):
@@ -240,14 +249,14 @@ def test_a_quote_that_is_not_closed_stops_the_job_with_its_line(job, place, capl
     lines[4] = lines[4].replace("Rome", '"Rome')
     (place / "logs/shows/a.csv").write_text(shows_of(lines))
     text = job(code=1)
-    assert 'shows/a.csv, line 6: a value that begins with the quote " continues over more than 100 lines' in text
+    assert re.search(unreadable("shows/a.csv", "line 6: .* 100 lines"), text)
     assert not (place / "samples").exists()
-    assert "a.csv cannot be read: line 6: a value that begins" in inspect("inspect", place / "logs", code=1)
+    assert re.search(r"a\.csv .*line 6: ", inspect("inspect", place / "logs", code=1))
     (place / "logs/shows/a.csv").unlink()
     (place / "logs/visits.csv").write_text(VISITS.replace(",", "\t"))
     mapping = changed(csv={"delimiter": "\t"})
     (place / "logs/shows/a.tsv").write_text(shows_of(lines[:20]).replace(",", "\t"))
-    assert "shows/a.tsv, line 6: a value that begins with the quote" in job(mapping, code=1)
+    assert re.search(unreadable("shows/a.tsv", "line 6: "), job(mapping, code=1))
     assert not [record for record in caplog.records if "Compute Failed" in record.message], "a traceback on stderr"
 
 
@@ -282,8 +291,9 @@ def test_another_countrys_csv_is_found_out_or_said(job, place):
     said = "shows/a.csv: read as CSV with delimiter ;, encoding latin-1, decimal ,; csv and time_unit of a mapping"
     assert said in text
     assert "visits.csv: times such as 1770200000000 are in ms since 1970" in text
-    assert "all 3 rows are bad (timestamp is not a time: 3, as '05/02/2026 10:00'); say in the mapping" in text
-    assert 'how times are written: time_format: "%d/%m/%Y %H:%M" or "%m/%d/%Y %H:%M" (as of strptime)' in text
+    reasons, forms = "timestamp is not a time: 3, as '05/02/2026 10:00'", '"%d/%m/%Y %H:%M" or "%m/%d/%Y %H:%M"'
+    hint = Problem.TIME_FORM_NEEDED.of(forms)
+    assert re.search(told(Problem.ALL_ROWS_BAD, where=place / "logs", count=3, reasons=reasons, hint=hint), text)
     for looked_at in ("logs/shows/a.csv", "logs"):
         found = yaml.safe_load(inspect("inspect", place / looked_at))
         assert found["time_format"] == "%d/%m/%Y %H:%M"
@@ -335,7 +345,7 @@ def test_two_texts_of_one_id_end_the_job(job, place, monkeypatch, parts):
         (place / f"logs/shows/{part}.csv").write_text("\n".join([head, *lines[part::parts]]) + "\n")
     (place / "logs/shows/a.csv").unlink()
     (place / "logs/visits.csv").write_text(VISITS.replace("ann", "eva"))
-    assert "id 3 is that of two texts of the logs, 'ann' and 'bob': rename one" in job(code=1)
+    assert Problem.ID_OF_TWO_TEXTS.of(3, "ann", "bob") in job(code=1)
 
 
 def test_a_folder_that_is_not_there_and_json_lines_are_told_and_how_to_convert_these(job, place):
@@ -343,24 +353,25 @@ def test_a_folder_that_is_not_there_and_json_lines_are_told_and_how_to_convert_t
         (place / folder).mkdir()
         (place / folder / "events.jsonl").write_text('{"ts": 0}\n')
     how = '{0}events.jsonl", lines=True).to_parquet("{0}events.jsonl.parquet")'
-    told = '; JSON lines are not read: convert them, as by pandas.read_json("'
+    hint = 'pandas.read_json("'
     said = inspect("inspect", place / "raw/events.jsonl", code=1)
-    assert f"not a .parquet, .csv or .tsv file{told}{how.format(f'{place}/raw/')}" in said
-    assert f"has no .parquet, .csv or .tsv files{told}{how.format('')}" in inspect("inspect", place / "raw", code=2)
-    assert job(MAPPING, "--logs", place / "lgs", code=2).endswith(f"error: there is no folder {place}/lgs")
+    assert f"{hint}{how.format(f'{place}/raw/')}" in said
+    assert f"{hint}{how.format('')}" in inspect("inspect", place / "raw", code=2)
+    assert job(MAPPING, "--logs", place / "lgs", code=2).endswith("error: " + Problem.NO_FOLDER.of(f"{place}/lgs"))
     for files in ("json", "json/events.jsonl"):
-        assert told in job(changed(behaviors__files=files), code=2)
+        found = job(changed(behaviors__files=files), code=2)
+        assert re.search(told(Problem.NO_MAPPED_FILES, where=place / "logs" / files, log="behaviors"), found)
+        assert hint in found
 
 
 def test_text_of_another_encoding_is_told(job, place):
     (place / "logs/shows/a.csv").write_bytes(SHOWS.replace("Rome", "Köln").encode("utf-16"))
-    assert "shows/a.csv: not readable as CSV: the text is in UTF-16 or UTF-32, not in UTF-8" in job(code=1)
-    assert "a.csv cannot be read: the text is in UTF-16" in inspect("inspect", place / "logs", code=1)
+    assert re.search(unreadable("shows/a.csv", ".*UTF-16 or UTF-32, not in UTF-8"), job(code=1))
+    assert re.search(r"a\.csv .*UTF-16", inspect("inspect", place / "logs", code=1))
     many = [f"{1767261610 + n},ann,5,5.jpg,1,1,Rome,1,b" for n in range(40_000)]
     (place / "logs/shows/a.csv").write_bytes(shows_of([*many, many[0].replace("Rome", "Köln")]).encode("latin-1"))
-    text = job(code=1)
-    assert "a.csv: " in text and "where it is not utf-8, say so in the mapping, as csv: {encoding: latin-1}" in text
-    assert "encoding nonsense is unknown" in job(changed(csv={"encoding": "nonsense"}), code=1)
+    assert re.search(told(Problem.WRONG_ENCODING, where=place / "logs/shows/a.csv", value="utf-8"), job(code=1))
+    assert re.search(unreadable("shows/a.csv", ".*nonsense"), job(changed(csv={"encoding": "nonsense"}), code=1))
 
 
 def test_units_and_delimiters_are_those_of_the_mapping(job, place):
@@ -371,38 +382,50 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
     assert {row["timestamp"] for row in read(place / "samples")} == {1767261600, 1767261, 1767351600}
 
 
+USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
+
+
 @pytest.mark.parametrize(
-    ("mapping", "message"),
+    ("mapping", "problem"),
     [
         ("- a", "it should be a valid dictionary"),
-        ("impressions: [", "cannot be read as YAML"),
-        (changed(impressions__columns={"usr": "uid"}), "impressions.columns.usr is unknown; known: timestamp, user"),
-        (changed(impressions__user={"item": "id"}), "a further column cannot be called item"),
-        (changed(impressions__user={"price": "id"}), "price is below user and below ad"),
+        ("impressions: [", told(Problem.UNREADABLE_AS, form="YAML")),
+        (
+            changed(impressions__columns={"usr": "uid"}),
+            told(Problem.UNKNOWN_COLUMN, where="impressions", value="usr", known=USUAL),
+        ),
+        (changed(impressions__user={"item": "id"}), told(Problem.TAKEN_NAME, value="item")),
+        (changed(impressions__user={"price": "id"}), told(Problem.NAME_OF_BOTH, value="price")),
         (changed(impressions__user={"age": "number"}), "age.kind='number': it should be 'id', 'multi_id' or 'dense'"),
         (changed(csv={"password": "none of yours"}), "csv.password: it is not permitted"),
-        (changed(behaviors__user={"age": "dense"}), "behaviors has no user columns"),
-        (changed(behaviors__ad={"tags": "multi_id"}), "behaviors.ad.tags: a behaviour has one value of kind id"),
-        (changed(behaviors__ad={"age": "dense"}), "a further column cannot be called age"),
-        (changed(impressions__ad={"brand": {"kind": "id", "split": "|"}}), "split is for kind multi_id, not id"),
-        *((changed(csv={"delimiter": sign}), "not one ASCII character") for sign in ("", ";;", '"', "§", "\0", "\n")),
-        (changed(behaviors__files="nowhere"), "nowhere: no .parquet, .csv or .tsv files there; behaviors.files"),
+        (changed(behaviors__user={"age": "dense"}), told(Problem.USER_OF_BEHAVIORS)),
+        (changed(behaviors__ad={"tags": "multi_id"}), told(Problem.LIST_OF_BEHAVIORS, where="tags")),
+        (changed(behaviors__ad={"age": "dense"}), told(Problem.TAKEN_NAME, value="age")),
+        (changed(impressions__ad={"brand": {"kind": "id", "split": "|"}}), told(Problem.SPLIT_OF_NO_LIST, value="id")),
+        *(
+            (changed(csv={"delimiter": sign}), told(Problem.NOT_A_DELIMITER, value=sign))
+            for sign in ("", ";;", '"', "§", "\0", "\n")
+        ),
+        (
+            changed(behaviors__files="nowhere"),
+            told(Problem.NO_MAPPED_FILES, where=NOWHERE, log="behaviors"),
+        ),
         (
             changed(behaviors__columns={}),
-            "visits.csv: column 'timestamp' (behaviors.columns.timestamp of the mapping) is missing; known: photo, sec",
+            missing("visits.csv", "timestamp", "behaviors.columns.timestamp", "photo, sec"),
         ),
         (
             changed(impressions__columns=MAPPING["impressions"]["columns"] | {"user": "uids"}),
-            "column 'uids' (impressions.columns.user of the mapping) is missing; did you mean uid?",
+            missing("", "uids", "impressions.columns.user", r"\buid\b"),
         ),
         (
             changed(impressions__ad={"maker": {"kind": "id", "column": "brad"}}),
-            "column 'brad' (impressions.ad.maker of the mapping) is missing; did you mean brand?",
+            missing("", "brad", "impressions.ad.maker", r"\bbrand\b"),
         ),
     ],
 )
-def test_mistakes_in_a_mapping_are_told(job, place, mapping, message):
-    assert message in job(mapping, code=2)
+def test_mistakes_in_a_mapping_are_told(job, place, mapping, problem):
+    assert re.search(problem, job(mapping, code=2))
     assert not (place / "samples").exists()
 
 

@@ -1,5 +1,6 @@
 """Vectors from elsewhere: every format gives its rows, bad ones are kept aside, and tasks that build shards fit."""
 
+import re
 import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -19,10 +20,12 @@ from featurestore.upkeep.remake import remake
 from jobs import import_features
 from pipeline import formats, import_vectors, store_run
 from pipeline.import_vectors import extractor_of
+from pipeline.problems import Problem
 from pipeline.store_run import build_shards
 from tests.cli import said
 from tests.faulty import faulty
 from tests.featurestore.contents import metadata_of
+from tests.raised import told
 
 DIM = 6
 
@@ -280,7 +283,8 @@ def test_a_compact_store_takes_imports_of_full_vectors(job, matrix, tmp_path, ve
     text = job(*matrix(vectors_ND, range(40)), store=small)
     assert "changed 1 unchanged 38" in text and "1 not finite in float32 (key:1)" in text
     np.testing.assert_allclose(stored(small, [0]), stored(small, [30]), rtol=1e-6)
-    assert "takes rows of" in job(*matrix(vectors_ND[:, :3], range(40)), store=small, code=1)
+    narrow = job(*matrix(vectors_ND[:, :3], range(40)), store=small, code=1)
+    assert re.search(told(Problem.WRONG_WIDTH, where=small, wanted=DIM, value=3), narrow)
 
 
 def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
@@ -302,30 +306,47 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     write_xdl(tmp_path / "xdl", [0], vectors_ND[:1])
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow/data.3").write_bytes(b"")
-    for name, args, message in [
-        ("nowhere", (), "there is nothing at"),
-        ("empty", (), "there is nothing at"),
-        ("other", (), "there are no files ending in .parquet at"),
-        ("hollow", (), "all 1 files of"),
-        ("xdl", ("--dim", 100), "1 of 1 files, data.0 first, are not a number of records of 408 bytes"),
-        ("a.npy", ("--keys", tmp_path / "short.npy"), "has 39 keys and"),
-        ("a.npy", ("--keys", tmp_path / "text.npy"), "holds <U1 (2,), not int64 keys"),
-        ("a.npy", ("--keys", tmp_path / "none.npy"), "none.npy is not a .npy file"),
-        ("short.npy", ("--keys", tmp_path / "short.npy"), "holds int64 (39,), not 2 dimensions"),
-        ("columns.npy", ("--keys", tmp_path / "short.npy"), "column by column"),
-        ("cut.npy", ("--keys", tmp_path / "short.npy"), "cut.npy is truncated: 1,080 bytes instead of 1,088"),
-        ("none.npy", ("--keys", tmp_path / "short.npy"), "is not a .npy file"),
-        ("nokey.parquet", (), "has no column key (int64) or id (text), only name"),
-        ("two.parquet", (), "which column is the feature? --feature-column is one of ['a', 'b']"),
-        ("two.parquet", ("--feature-column", "c"), "has no column 'c'"),
-        ("textkey.parquet", (), "column key is string"),
-        ("bits.parquet", (), "which column is the feature? --feature-column is one of ['key', 'a']"),
-        ("bits.parquet", ("--feature-column", "a"), "has no column 'a' of lists of numbers"),
-        ("nan.parquet", (), "none of the 1 rows can be used: 1 not finite in bfloat16 (key:1)"),
-        ("torn.parquet", (), "is not a readable Parquet file"),
+    keys = ("--keys", tmp_path / "short.npy")
+    for name, args, problem, values in [
+        ("nowhere", (), Problem.NOTHING_THERE, {}),
+        ("empty", (), Problem.NOTHING_THERE, {}),
+        ("other", (), Problem.NO_FILES_ENDING, {"value": ".parquet"}),
+        ("hollow", (), Problem.ONLY_EMPTY_FILES, {}),
+        ("xdl", ("--dim", 100), Problem.TORN_FILES, {"count": 1, "files": 1, "where": "data.0", "record_bytes": 408}),
+        ("a.npy", keys, Problem.WRONG_NUMBER_OF_KEYS, {"where": tmp_path / "short.npy", "value": 39, "wanted": 40}),
+        (
+            "a.npy",
+            ("--keys", tmp_path / "text.npy"),
+            Problem.NOT_INT64_KEYS,
+            {"where": tmp_path / "text.npy", "dtype": "<U1", "shape": "(2,)"},
+        ),
+        (
+            "a.npy",
+            ("--keys", tmp_path / "none.npy"),
+            Problem.UNREADABLE_AS,
+            {"where": tmp_path / "none.npy", "form": ".npy"},
+        ),
+        ("short.npy", keys, Problem.NOT_A_MATRIX, {"dtype": "int64", "shape": "(39,)"}),
+        ("columns.npy", keys, Problem.COLUMN_BY_COLUMN, {}),
+        ("cut.npy", keys, Problem.TRUNCATED, {"value": 1080, "wanted": 1088}),
+        ("none.npy", keys, Problem.UNREADABLE_AS, {"form": ".npy"}),
+        ("nokey.parquet", (), Problem.NO_KEY_COLUMN, {"where": "nokey.parquet", "value": "name"}),
+        ("two.parquet", (), Problem.WHICH_FEATURE, {"where": "two.parquet", "columns": ["a", "b"]}),
+        ("two.parquet", ("--feature-column", "c"), Problem.NO_VECTORS, {"where": "two.parquet", "value": "c"}),
+        (
+            "textkey.parquet",
+            (),
+            Problem.WRONG_KEY_TYPE,
+            {"where": "textkey.parquet", "column": "key", "value": "string"},
+        ),
+        ("bits.parquet", (), Problem.WHICH_FEATURE, {"where": "bits.parquet", "columns": ["key", "a"]}),
+        ("bits.parquet", ("--feature-column", "a"), Problem.NO_VECTORS, {"where": "bits.parquet", "value": "a"}),
+        ("nan.parquet", (), Problem.NO_USABLE_ROW, {"count": 1, "reasons": "1 not finite in bfloat16 (key:1)"}),
+        ("torn.parquet", (), Problem.UNREADABLE_AS, {"form": "Parquet"}),
     ]:
-        code = 2 if message.startswith("there ") else 1
-        assert message in job(tmp_path / name, *args, code=code), name
+        code = 2 if problem in (Problem.NOTHING_THERE, Problem.NO_FILES_ENDING) else 1
+        message = told(problem, **{"where": tmp_path / name} | values)
+        assert re.search(f"error: {message}", job(tmp_path / name, *args, code=code)), name
 
 
 def test_from_s3_into_s3(job, tmp_path, vectors_ND, s3_url):

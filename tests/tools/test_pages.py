@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -176,11 +177,20 @@ def texts_of(source: ast.AST) -> Iterator[str]:
 
 
 def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
-    """The errors that a file of code makes: their classes, and their texts as `texts_of` has them."""
+    """The errors that a file of code makes: their classes, and their texts as `texts_of` has them, or sentences."""
+    imports = [each for each in ast.walk(source) if isinstance(each, ast.ImportFrom) and each.module]
+    problems = {
+        alias.asname or alias.name: import_module(str(each.module)).Problem
+        for each in imports
+        if str(each.module).endswith(".problems")
+        for alias in each.names
+    }
     for node in ast.walk(source):
         if isinstance(node, ast.Call) and (name := ast.unparse(node.func).rpartition(".")[2]).endswith("Error"):
             for argument in node.args:
                 yield from ((name, text) for text in texts_of(argument))
+                if isinstance(argument, ast.Attribute) and (known := problems.get(ast.unparse(argument.value))):
+                    yield name, known[argument.attr]
 
 
 @pytest.mark.long

@@ -16,6 +16,8 @@ from pipeline.demo import world as truth
 from pipeline.demo.make import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
 from pipeline.demo.world import START_S, World, ceiling, match_of, simulate
 from pipeline.errors import DemoError
+from pipeline.problems import Problem
+from tests.raised import raises
 from trainer.evaluation.bootstrap import auc
 
 COLUMN = {name: index for index, name in enumerate(items.ATTRIBUTES)}
@@ -151,18 +153,18 @@ def test_readable_images_become_items_with_labels_by_path_or_name(folder: Path, 
     names, category_I = catalogue.category_names, catalogue.category_I
     assert [names[category] for category in category_I] == [items.NO_LABEL, "hat", "dress"]
     assert notes["num_unlabelled"] == 1
-    for content, message in (
-        (b"file,label\nred,dress\n", "needs the columns image and label; it has file, label"),
-        (b"image,label\n\xff\xfe,dress\n", r"cannot read the labels .*labels\.csv"),
+    for content, problem, values in (
+        (b"file,label\nred,dress\n", Problem.NO_LABEL_COLUMNS, {"value": "file, label"}),
+        (b"image,label\n\xff\xfe,dress\n", Problem.UNREADABLE, {}),
     ):
         labels.write_bytes(content)
-        with pytest.raises(DemoError, match=message):
+        with raises(DemoError, problem, where=labels, **values):
             items.measure_folder(folder, labels)
-    with pytest.raises(DemoError, match="cannot read the labels"):
+    with raises(DemoError, Problem.UNREADABLE, where=tmp_path / "none.csv"):
         items.measure_folder(folder, tmp_path / "none.csv")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "one.jpg").write_text("no image")
-    with pytest.raises(DemoError, match=r"none of the 1 images .* can be read"):
+    with raises(DemoError, Problem.NO_READABLE_IMAGE, count=1, where=tmp_path / "none"):
         items.measure_folder(tmp_path / "none", None)
 
 

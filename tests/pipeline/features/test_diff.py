@@ -15,6 +15,8 @@ from pipeline.features import diff, refresh
 from pipeline.features.part import PartReport, PartSettings, digest_images
 from pipeline.images.source import ImageRef, ImageTable
 from pipeline.import_vectors import extractor_of
+from pipeline.problems import Problem
+from tests.raised import raises
 
 
 def ref(key, size_bytes=10, tag="tag"):
@@ -61,7 +63,7 @@ def store(tmp_path):
 
 
 def test_another_image_under_a_key_is_refused(store):
-    with pytest.raises(KeyCollisionError, match=r"key 1 is '1.jpg' in the store and 'other.jpg'"):
+    with raises(KeyCollisionError, Problem.OTHER_URI_STORED, where=1, stored="1.jpg", value="other.jpg"):
         diff.compare(table(ref(2), ref(1)._replace(uri="other.jpg")), store.snapshot())
 
 

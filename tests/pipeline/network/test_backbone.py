@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import threading
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,14 @@ from pipeline.images.decode import prepare
 from pipeline.network import DEFAULT_BACKBONE, check_weights_name
 from pipeline.network import backbone as compute
 from pipeline.network.backbone import Backbone, feature_dim, load_weights, network_of, weights_digest
+from pipeline.problems import Problem
 from tests.pipeline.conftest import draw_photo
+from tests.raised import raises
 
 pytestmark = pytest.mark.long  # they make whole networks
 SMALL_ONES = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"]
 SMALL = "mobilenet_v3_small:avgpool"
+NEAR = re.compile(r"\bavgpool\b")
 TABLE = "features.1.0.attn.relative_position_bias_table"
 
 
@@ -132,26 +136,42 @@ def test_preprocessing_is_that_of_the_weights_and_a_block_stands_for_its_last_op
     assert (large.preset.crop, large.preset.interpolation.value) == ((384,), "bicubic")
     assert large.tensors()["encoder.pos_embedding"].shape == (1, 1 + 24 * 24, 768)
     assert large.preset.scaled_side == 4 * 384
-    with pytest.raises(WeightsError, match="no such weights of resnet50, only imagenet:IMAGENET1K_V1, "):
+    first = re.compile("^imagenet:IMAGENET1K_V1, ")
+    with raises(WeightsError, Problem.NO_SUCH_ENTRY, value="imagenet:V2", model="resnet50", known=first):
         network_of("resnet50:avgpool", "imagenet:V2")
     assert network_of("vit_b_16:heads", "random:0").layer == "heads.head"
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "problem", "values", "near"),
     [
-        ("resnet81:avgpool", "torchvision has no model 'resnet81'; near: resnet18,"),
-        ("resnet18:avgpol", r"resnet18 has no layer 'avgpol'; near: avgpool.*resnet18:avgpool \(512\)"),
-        ("resnet18", r"resnet18 is a model: name one of its layers too\. One vector .*resnet18:flatten \(512\)"),
-        ("resnet18:layer4", r"layer4.1.relu_1 gives \(512, 7, 7\) per image, not one.*resnet18:avgpool \(512\)"),
-        ("vit_b_16:encoder.ln", r"encoder.ln gives \(197, 768\) per image.*vit_b_16:getitem_5 \(768\)"),
-        ("vit_b_16:encoder.dim", "encoder.dim gives no tensor"),
-        ("vgg16:classifier.1x", r"no layer 'classifier\.1x'"),
-        ("", "torchvision has no model ''"),
+        ("resnet81:avgpool", Problem.NO_SUCH_MODEL, {"value": "resnet81"}, r"\bresnet18,"),
+        (
+            "resnet18:avgpol",
+            Problem.NO_SUCH_LAYER,
+            {"value": "avgpol", "near": NEAR},
+            r":avgpool \(512\)",
+        ),
+        ("resnet18", Problem.LAYER_NEEDED, {"model": "resnet18"}, r"resnet18:flatten \(512\)"),
+        (
+            "resnet18:layer4",
+            Problem.NOT_ONE_VECTOR,
+            {"layer": "layer4.1.relu_1", "value": "(512, 7, 7)"},
+            r"resnet18:avgpool \(512\)",
+        ),
+        (
+            "vit_b_16:encoder.ln",
+            Problem.NOT_ONE_VECTOR,
+            {"layer": "encoder.ln", "value": "(197, 768)"},
+            r"vit_b_16:getitem_5 \(768\)",
+        ),
+        ("vit_b_16:encoder.dim", Problem.NOT_ONE_VECTOR, {"layer": "encoder.dim", "value": "no tensor"}, ""),
+        ("vgg16:classifier.1x", Problem.NO_SUCH_LAYER, {"value": "classifier.1x"}, ""),
+        ("", Problem.NO_SUCH_MODEL, {"value": ""}, ""),
     ],
 )
-def test_a_name_that_is_none_lists_those_that_are_near(name, message):
-    with pytest.raises(BackboneError, match=message):
+def test_a_name_that_is_none_lists_those_that_are_near(name, problem, values, near):
+    with raises(BackboneError, problem, where=name, **values, hint=re.compile(near)):
         feature_dim(name, "random:0")
 
 
@@ -164,7 +184,7 @@ def test_every_model_of_torchvision_can_be_cut(some):
     for model in some:
         with pytest.raises(BackboneError) as caught:
             network_of(model, "imagenet")
-        layer = str(caught.value).split("come from: ")[1].split(" (")[0]
+        layer = re.search(r"(\S+) \(", str(caught.value.values["hint"]))[1]
         assert network_of(layer, "imagenet").dim > 0
 
 
@@ -224,20 +244,19 @@ def test_files_with_the_whole_network_or_names_of_old_densenets_are_accepted(sta
 def test_files_that_do_not_fit_are_refused(state, tmp_path):
     network, file = network_of(SMALL, "random:0"), tmp_path / "weights.pth"
     small = {name: torch.zeros(tensor.shape if tensor.ndim == 1 else 1) for name, tensor in state.items()}
-    files = {
-        r"features.0.0.weight has shape \(1,\), not \(16, 3, 3, 3\)": small,
-        "without features.0.0.weight, features.0.1.weight": {"conv1.weight": torch.zeros(2)},
-        "not a state dict, which maps names to tensors": [torch.zeros(2)],
-        r"features.0.1.bias holds NaN": state | {"features.0.1.bias": torch.full((16,), torch.nan)},
-    }
-    for message, content in files.items():
+    weight, bias = "features.0.0.weight", "features.0.1.bias"
+    for problem, values, content in (
+        (Problem.WRONG_SHAPE, {"tensor": weight, "value": "(1,)", "wanted": "(16, 3, 3, 3)"}, small),
+        (Problem.OTHER_MODEL, {"missing": re.compile(f"^{weight}, features.0.1.weight")}, {"conv1": torch.zeros(2)}),
+        (Problem.NOT_A_STATE_DICT, {}, [torch.zeros(2)]),
+        (Problem.NOT_FINITE, {"tensor": bias}, state | {bias: torch.full((16,), torch.nan)}),
+    ):
         torch.save(content, file)
-        with pytest.raises(WeightsError, match=message):
+        with raises(WeightsError, problem, where=file, **values):
             load_weights(network, str(file))
     for data, kind in ((b"no weights", "UnpicklingError"), (b"", "EOFError"), (b"PK\x03\x04torn", "RuntimeError")):
         file.write_bytes(data)
-        message = rf"not a state dict that torch can load safely \({kind}\); one is written by torch.save\(model.sta"
-        with pytest.raises(WeightsError, match=message):
+        with raises(WeightsError, Problem.WEIGHTS_UNREAD, where=file, reason=kind):
             load_weights(network, str(file))
 
 
@@ -254,7 +273,7 @@ class Payload:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_is_not_run(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(WeightsError, match="not a state dict that torch can load safely"):
+    with raises(WeightsError, Problem.WEIGHTS_UNREAD, where=tmp_path / "evil.pth"):
         load_weights(network_of(DEFAULT_BACKBONE, "random:0"), str(tmp_path / "evil.pth"))
     assert not (tmp_path / "ran").exists()
     pickle.loads((tmp_path / "evil.pth").read_bytes())
@@ -267,13 +286,15 @@ def test_names_of_weights_and_what_a_machine_without_network_says(tmp_path, monk
     for name in ("imagenet", "imagenet:IMAGENET1K_V2", "random:12"):
         assert check_weights_name(name) == name
     assert check_weights_name("mine.pth") == str(tmp_path / "mine.pth")
-    for name, message in (("random:x", "the seed"), ("random", "the seed"), ("other.pth", "neither imagenet")):
-        with pytest.raises(WeightsError, match=message):
+    seed, none = Problem.WRONG_SEED, Problem.NO_SUCH_WEIGHTS
+    for name, problem in (("random:x", seed), ("random", seed), ("other.pth", none)):
+        with raises(WeightsError, problem, value=name):
             check_weights_name(name)
 
     def refuse(self, *args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models.VGG16_Weights.get_state_dict", refuse)
-    with pytest.raises(WeightsError, match=r"no route to host.*https://.*--weights FILE.*--weights random:0"):
+    away = {"reason": re.compile("no route to host"), "where": re.compile("^https://")}
+    with raises(WeightsError, Problem.NOT_DOWNLOADED, **away):
         load_weights(network_of(DEFAULT_BACKBONE, "random:0"), "imagenet")

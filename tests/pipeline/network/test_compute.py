@@ -12,7 +12,9 @@ from torch import nn
 from pipeline.errors import BackboneError
 from pipeline.network import backbone as compute
 from pipeline.network.backbone import BATCH, by_openvino, by_torch, calibrated, can_compile, compute_of, rounded
+from pipeline.problems import Problem
 from tests.pipeline.network.tiny import SIDE, Tiny
+from tests.raised import raises
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -98,7 +100,7 @@ def test_ranges_are_means_of_images_and_the_cost_is_measured_on_others() -> None
     assert 0.999 < spec.mean_cosine < 1
     assert calibrated(network(), images) == spec
     assert calibrated(network(), pixels(2)).num_held_out == 1
-    with pytest.raises(BackboneError, match="the store has a range for stem, which this version of the network lacks"):
+    with raises(BackboneError, Problem.RANGE_OF_NO_LAYER, where="stem"):
         rounded(network(), (("stem", 0.0, 1.0),))
 
 

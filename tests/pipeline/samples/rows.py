@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from distributed import Client
 
 from featurestore.keys import key_of_uri
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
+from tests.raised import told
 
 Row = dict[str, Any]
 Files = Sequence[list[Row] | pa.Table]
@@ -162,3 +165,9 @@ class Shop:
     def add(self, **changes: Any) -> dict[str, Any]:
         """Add days of the tables to the samples."""
         return add_days(SampleOptions(samples=self.options.samples, **changes), self.client)
+
+
+def missing(where: str = "", value: str = "", setting: str = "", near: str = "") -> str:
+    """A regular expression of the sentence that a column is missing, with the parts that these values have."""
+    said, named = re.compile(f".*{where}"), re.compile(rf" \({setting} .*?")
+    return told(Problem.COLUMN_MISSING, where=said, value=value, setting=named, near=re.compile(f".*{near}.*?"))

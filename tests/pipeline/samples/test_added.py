@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from distributed import Client
 from featurestore.published.versions import open_published
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS
@@ -40,6 +42,7 @@ from tests.pipeline.samples.rows import (
     write,
     write_in_pieces,
 )
+from tests.raised import compare, raises
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.runs.open import PartReader
@@ -102,7 +105,7 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
             try:
                 add_days(SampleOptions(samples=options.samples, scratch=options.scratch, **way), client)
             except SampleError as error:  # all of the day's rows are of groups of the day before
-                assert "no group begins on" in str(error)
+                compare(error, Problem.NO_IMPRESSIONS)
                 add_days(SampleOptions(samples=options.samples, since="2026-01-01"), client)
     write_until(tmp_path / "logs", rng, impressions, behaviors, last)
     add_days(SampleOptions(samples=options.samples, days=f"2026-01-{days[-3] + 1:02}"), client)
@@ -207,7 +210,7 @@ class TestAddDays:
         assert not Path(made.samples, index.row_groups[0].file).exists()
         assert (samples_digest(comm, index, tmp_path / "other"), labels_of(index, schema)) == expected
         Path(made.samples, "train", "day=2026-01-04-000.parquet").unlink()
-        with pytest.raises(DataError, match=r"test/day=2026-01-04-000\.parquet is gone"):
+        with pytest.raises(DataError, match=r"test/day=2026-01-04-000\.parquet"):
             labels_of(index, schema)
 
     def test_missing_days_are_found_by_footers_or_times(
@@ -223,16 +226,22 @@ class TestAddDays:
         assert add(since="2026-01-02")["days"] == ["2026-01-05", "2026-01-07"]
 
     @pytest.mark.parametrize(
-        ("changes", "message"),
+        ("changes", "problem", "values"),
         [
-            ({"days": "2026-01-09"}, "no impressions on 2026-01-09"),
-            ({"days": "2026-01-04", "since": "2026-01-02"}, "give one of --days and --since"),
-            ({"days": "2026-01-04", "max_behaviors": 3}, "--max-behaviors 3: .* was made with 50"),
+            ({"days": "2026-01-09"}, Problem.NO_IMPRESSIONS, {"value": "2026-01-09"}),
+            ({"days": "2026-01-04", "since": "2026-01-02"}, Problem.GIVE_ONE, {"where": "--days and --since"}),
+            (
+                {"days": "2026-01-04", "max_behaviors": 3},
+                Problem.OTHER_OPTION,
+                {"where": "max-behaviors", "value": 3, "made": 50},
+            ),
         ],
     )
-    def test_mistakes_are_told(self, made: SampleOptions, add: Call, changes: dict[str, Any], message: str) -> None:
+    def test_mistakes_are_told(
+        self, made: SampleOptions, add: Call, changes: dict[str, Any], problem: Problem, values: dict[str, object]
+    ) -> None:
         before = all_bytes(made.samples)
-        with pytest.raises((SampleError, SampleOptionError), match=message):
+        with raises(SampleError, problem, **values):
             add(**changes)
         assert all_bytes(made.samples) == before
 
@@ -242,7 +251,8 @@ class TestAddDays:
         rows = pq.read_table(file, partitioning=None)
         pq.write_table(rows.append_column("more", rows["user"]).drop_columns("day"), file)
         before = all_bytes(made.samples)
-        with pytest.raises(SampleError, match=r"\(user, .* day, .*\) are not those of .*2026-01-01.* \(.*, more\)"):
+        value, where, wanted = map(re.compile, ("^user, .* day, ", "2026-01-01", ", more$"))
+        with raises(SampleError, Problem.OTHER_COLUMNS, value=value, where=where, wanted=wanted):
             add(days="2026-01-04")
         assert all_bytes(made.samples) == before
         options = {"options": {"window_days": 1}}
@@ -250,7 +260,7 @@ class TestAddDays:
         for summary in (None, {"options": ["window_days"]}, *(options | each for each in forged)):
             if summary is not None:
                 (tmp_path / "summary.json").write_text(json.dumps(summary))
-            with pytest.raises(SampleOptionError, match="has no samples that crossmedia samples made"):
+            with raises(SampleOptionError, Problem.NOT_OUR_SAMPLES, where=tmp_path):
                 add(samples=str(tmp_path), days="2026-01-04")
 
     def test_bad_rows_of_days_are_joined(
@@ -351,7 +361,7 @@ class TestDaysThatShareAFile:
         before = rows_of(by_share.samples, self.DAYS[1:])
         assert self._files(by_share)[-1] == "days=2026-02-00000003.parquet" and len(self._files(by_share, "test")) == 2
         Path(shared.samples, "train/days=2026-01-7f000000.parquet").write_bytes(b"PAR1")
-        with pytest.raises(SampleError, match=r"days=2026-01-7f000000\.parquet: cannot be read"):
+        with raises(SampleError, Problem.UNREADABLE, where=re.compile(r"/days=2026-01-7f000000\.parquet$")):
             add(days=self.DAYS[2])
         log([shown(24 * DAY_S + 9_000, user=user) for user in range(1, 31)], [done(0)])
         add(samples=by_share.samples, days=self.DAYS[0])

@@ -18,6 +18,7 @@ from featurestore.published.versions import PublishedFiles, open_published, uplo
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples import added, groups, logs, publish
 from pipeline.samples import build as build_module
 from pipeline.samples.build import build_samples
@@ -37,6 +38,7 @@ from tests.pipeline.samples.rows import (
     users_of_days,
     write_in_pieces,
 )
+from tests.raised import raises
 from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
 from trainer.samples.index import open_index
@@ -132,12 +134,12 @@ def test_a_folder_of_something_else_and_a_file_are_not_replaced(build, tmp_path,
     monkeypatch.setattr("pipeline.samples.build.shuffle", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SampleError, match="samples has files that are not samples"):
+    with raises(SampleError, Problem.NOT_SAMPLES, where=tmp_path / "samples"):
         build([shown(0)], [done(0)])
     assert (tmp_path / "samples" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "samples").rename(tmp_path / "other")
     (tmp_path / "samples").write_text("")
-    with pytest.raises(SampleError, match="is a file"):
+    with raises(SampleError, Problem.NOT_A_FOLDER, where=tmp_path / "samples"):
         build([shown(0)], [done(0)])
 
 
@@ -157,7 +159,7 @@ def test_remains_of_a_killed_run_go_and_neither_a_running_one_nor_others(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
     (tmp_path / "made").mkdir()
     (tmp_path / "made/summary.json").write_text("of something else")
-    lacks = pytest.raises(SampleOptionError, match=r"not samples \(it has no train\).*would be replaced")
+    lacks = raises(SampleOptionError, Problem.NOT_SAMPLES, where=tmp_path / "made", lacking="train")
     with lacks, replaced_files(str(tmp_path / "made")):
         pass
 
@@ -239,8 +241,9 @@ class TestAddDays:
                 return original(*arguments)
 
             monkeypatch.setattr(added.build, "write", slow)
-            with pytest.raises(CommitConflictError, match="run it again"):
+            with pytest.raises(CommitConflictError) as refused:
                 add(days=FIFTH, **place)
+            assert place or refused.value.problem is Problem.REPLACED_MEANWHILE
             monkeypatch.undo()
             assert add(days=FIFTH, **place)["days"] == [FIFTH]
         assert FIFTH in files_by_day(open_published(there.samples))
@@ -264,7 +267,7 @@ class TestWhole:
 
     def test_other_files_are_left_alone_but_half_a_build(self, build: Call, tmp_path: Path, s3_url: str) -> None:
         Storage(s3_url).write_bytes("thesis.txt", b"years of work")
-        with pytest.raises(SampleError, match="has files that are not samples"):
+        with raises(SampleError, Problem.NOT_SAMPLES, where=s3_url):
             build([shown(0)], [done(0)], samples=s3_url)
         assert Storage(s3_url).list() == ["thesis.txt"]
         (tmp_path / "one").write_text("half of a build")

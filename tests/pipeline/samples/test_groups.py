@@ -14,6 +14,7 @@ from featurestore.errors import UserError
 from featurestore.keys import key_of_uri
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
+from pipeline.problems import Problem
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.mapping import parse_times, unit_of
@@ -31,6 +32,7 @@ from tests.pipeline.samples.rows import (
     table,
     write_in_pieces,
 )
+from tests.raised import raises
 
 
 def test_window_reaches_exactly_its_days_back_and_ages_are_whole_seconds(build):
@@ -93,17 +95,21 @@ def test_last_days_are_those_of_the_calendar_also_where_one_has_no_impression(bu
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "problem", "values"),
     [
-        ({"test_share": 0.1, "test_from": "2026-01-02"}, "give one of --test-from and --test-share"),
-        ({"test_from": "tomorrow"}, "--test-from tomorrow: write days as 2026-03-20"),
-        ({"test_from": "2026-01-01"}, "all impressions are on days for testing: nothing is left to train on"),
-        ({"test_share": 0.9}, "all impressions are on days for testing: nothing is left to train on"),
-        ({"test_days": 10}, r"nothing is left to train on.*--test-days"),
+        (
+            {"test_share": 0.1, "test_from": "2026-01-02"},
+            Problem.GIVE_ONE,
+            {"where": "--test-from and --test-share"},
+        ),
+        ({"test_from": "tomorrow"}, Problem.NOT_A_DAY, {"where": "--test-from", "value": "tomorrow"}),
+        ({"test_from": "2026-01-01"}, Problem.NOTHING_TO_TRAIN_ON, {}),
+        ({"test_share": 0.9}, Problem.NOTHING_TO_TRAIN_ON, {}),
+        ({"test_days": 10}, Problem.NOTHING_TO_TRAIN_ON, {}),
     ],
 )
-def test_days_for_testing_that_cannot_be(build, changes, message):
-    with pytest.raises((SampleError, SampleOptionError), match=message):
+def test_days_for_testing_that_cannot_be(build, changes, problem, values):
+    with raises(SampleError, problem, **values):
         build([shown(0), shown(9 * DAY_S, user=2)], [done(0)], **{"test_days": 1} | changes)
 
 
@@ -223,11 +229,11 @@ def test_rows_to_score_have_the_history_of_their_group_and_bad_ones_are_errors(b
     build([shown(100)], [done(50)])
     samples = str(tmp_path / "samples")
     bad = table([shown(100), shown(200, user=None)])
-    with pytest.raises(SampleError, match="row 1 of the impressions: user is null"):
+    with raises(SampleError, Problem.BAD_ROW, where=1, log="impressions", reason="user is null"):
         with_behaviors(bad, table([done(50)]), samples)
     none = table([done(50)]).slice(0, 0)
     assert with_behaviors(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
     short = table([done(50, dwell_s=1.0)])
     assert with_behaviors(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
-    with pytest.raises(UserError, match="no samples that crossmedia samples made"):
+    with raises(UserError, Problem.NOT_OUR_SAMPLES, where=tmp_path):
         with_behaviors(table([shown(100)]), none, str(tmp_path))

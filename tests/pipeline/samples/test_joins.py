@@ -13,9 +13,11 @@ from featurestore.keys import NO_IMAGE
 from featurestore.keys import key_of_uri as key
 from jobs.build_samples import summary_text
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.problems import Problem
 from pipeline.samples.build import build_samples
 from pipeline.samples.requests import with_behaviors
-from tests.pipeline.samples.rows import DAY_S, START_S, Row, Shop, all_bytes, read
+from tests.pipeline.samples.rows import DAY_S, START_S, Row, Shop, all_bytes, missing, read
+from tests.raised import raises, told
 from trainer.schema.fields import load_schema
 
 MAPPING: dict[str, Any] = {
@@ -103,7 +105,8 @@ def test_numbers_of_joined_tables_are_filled_and_those_of_the_log_come_first(tab
 def test_equal_rows_of_a_table_are_one_and_those_that_differ_are_refused(tables: Shop) -> None:
     for again in ("a6;6.jpg;bags;7,0;b;", "a6;;bags;7,0;b;red", "a6;;bags;;b;"):
         tables.put("products.csv", f"{PRODUCTS}{again}\n")
-        with pytest.raises(SampleError, match=r"products.csv: sku a6 is in several rows, which differ in .*photo"):
+        of_a6 = {"where": re.compile("/products.csv$"), "column": "sku", "value": "a6", "others": re.compile("photo")}
+        with raises(SampleError, Problem.ROWS_DIFFER, **of_a6):
             tables.build(MAPPING)
     assert not (tables.folder / "samples").exists()
     tables.put("products.csv", PRODUCTS)
@@ -155,23 +158,19 @@ def test_rows_to_score_have_the_columns_of_the_tables(tables: Shop, capsys: pyte
 @pytest.mark.parametrize(
     ("join", "message"),
     [
-        ({"item": {"files": "nowhere", "column": "sku"}}, "no .parquet, .csv or .tsv files there; join.item.files"),
+        ({"item": {"files": "nowhere", "column": "sku"}}, told(Problem.NO_MAPPED_FILES, log="join.item")),
         (
             {"item": {"files": "products.csv", "column": "code"}},
-            "products.csv: column 'code' (join.item.column of the mapping) is missing; known: brand",
+            missing(where="products.csv", value="code", setting="join.item.column", near="brand"),
         ),
-        (
-            {"item": {"files": "products.csv"}},
-            "products.csv: column 'item' (join.item.column of the mapping) is missing",
-        ),
+        ({"item": {"files": "products.csv"}}, missing(where="products.csv", value="item", setting="join.item.column")),
         ({"shop": {"files": "products.csv"}}, "join.shop"),
-        ({}, "column 'photo' (impressions.columns.image of the mapping) is missing; known: clicked, item, ts, uid"),
+        ({}, missing(value="photo", setting="impressions.columns.image", near="clicked, item, ts, uid")),
     ],
 )
 def test_mistakes_are_told(tables: Shop, join: Any, message: str) -> None:
-    with pytest.raises(SampleOptionError) as told:
+    with pytest.raises(SampleOptionError, match=message):
         tables.build(MAPPING | {"join": join and MAPPING["join"] | join})
-    assert message in str(told.value)
     shown = MAPPING["impressions"] | {"user": {"height": "dense"}}
-    with pytest.raises(SampleOptionError, match=r"'height' \(impressions.user.height of the mapping\) is missing"):
+    with pytest.raises(SampleOptionError, match=missing(value="height", setting="impressions.user.height")):
         tables.build(MAPPING | {"impressions": shown})
