@@ -19,6 +19,7 @@ from statistics import median
 from typing import NamedTuple
 
 from featurestore.errors import StorageError, UnsafeBackendError
+from featurestore.problems import Problem
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Progress, Storage
 
@@ -73,10 +74,7 @@ def refuse_unsafe(storage: Storage) -> None:
     """Check in short, for the first write to a new place. Raises UnsafeBackendError, StorageError."""
     problems = check_backend(storage, num_writers=_SHORT_WRITERS, num_rounds=_SHORT_ROUNDS, large_bytes=0).problems
     if problems:
-        raise UnsafeBackendError(
-            f"{storage.url} cannot hold a store, as commits could be lost there: {'; '.join(problems)}. Use a disk or"
-            " a server whose conditional put is atomic; `crossmedia store check-backend URL` tries it at length"
-        )
+        raise UnsafeBackendError(Problem.UNSAFE_BACKEND, storage.url, "; ".join(problems))
 
 
 @contextlib.contextmanager
