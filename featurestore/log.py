@@ -87,8 +87,9 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
         if not _is_stray(storage, found):
             return found
     known = versions(storage) or [0]
-    expired = f", the oldest kept {known[0]}: {version} has expired" if version < known[-1] else ""
-    raise SnapshotNotFoundError(Problem.NO_SNAPSHOT, storage.url, version, known[-1], expired)
+    if version < known[-1]:
+        raise SnapshotNotFoundError(Problem.EXPIRED, storage.url, version, known[-1], known[0])
+    raise SnapshotNotFoundError(Problem.NO_SNAPSHOT, storage.url, version, known[-1])
 
 
 class Appendable(Protocol):

@@ -406,9 +406,8 @@ class FeatureStore:
             move = find_channel(self.storage, name)
             manifest = log.read_manifest(self.storage, move.version)
         if manifest.commit_id != move.commit_id:
-            raise errors.AnotherStoreError(
-                Problem.ANOTHER_COMMIT, name, self.url, move.version, move.commit_id[:8], manifest.commit_id[:8]
-            )
+            moved, found = move.commit_id[:8], manifest.commit_id[:8]
+            raise errors.AnotherStoreError(Problem.ANOTHER_COMMIT, name, self.url, move.version, moved, found)
         return Snapshot(self.storage, self.info, manifest)
 
     def stage_part(self, run_id: str, part: str, rows: datafile.FeatureRows) -> None:

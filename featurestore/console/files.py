@@ -33,7 +33,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     which would be gone.
     """
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "not a regular file; choose another path", str(path))
+        raise FileExistsError(errno.EEXIST, Problem.REPLACES_NO_FILE.of(), str(path))
     part = path.with_name(f".{path.name}")
     try:
         yield part

@@ -206,8 +206,7 @@ class FeatureClient:
         if isinstance(error, flight.FlightTimedOutError):
             return DeadlineError(Problem.NO_ANSWER_IN_TIME, self.address, self._timeout_s)
         if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
-            refused = "refuses the token: it must be" if self._has_token else "needs a token: connect(..., token=...),"
-            return AccessError(Problem.TOKEN_REFUSED, self.address, refused)
+            return AccessError(Problem.TOKEN_REFUSED if self._has_token else Problem.TOKEN_NEEDED, self.address)
         # A server that ends cancels the calls that it has taken and not begun.
         if not isinstance(error, flight.FlightUnavailableError | flight.FlightCancelledError):
             return ServerError(Problem.SERVER_FAILED, self.address, reason)
@@ -219,7 +218,7 @@ class FeatureClient:
 def _keys(keys_U: npt.ArrayLike) -> Int64Array:
     given_U = np.asarray(keys_U)
     if given_U.size and given_U.dtype.kind not in "iu":  # 1.5 would ask for 1
-        raise TypeError(f"keys are {given_U.dtype}, and have to be int64: featurestore.keys_of_uris makes them of uris")
+        raise TypeError(Problem.KEYS_NOT_INT64.of(given_U.dtype))
     return np.ascontiguousarray(given_U, np.int64).reshape(-1)
 
 
@@ -230,6 +229,7 @@ def _read(ca: str | os.PathLike[str] | None) -> str | None:
         text = Path(ca).read_text()
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (OSError, ValueError) as error:  # an SSLError, of a text without a certificate, is an OSError
-        reason = "it has no certificate in PEM" if isinstance(error, ssl.SSLError | ValueError) else str(error)
-        raise AccessError(Problem.NO_CERTIFICATES, os.fspath(ca), reason) from error
+        if isinstance(error, ssl.SSLError | ValueError):
+            raise AccessError(Problem.NOT_A_CERTIFICATE, os.fspath(ca)) from error
+        raise AccessError(Problem.CANNOT_READ_CERTIFICATES, os.fspath(ca), error) from error
     return text

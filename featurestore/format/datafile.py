@@ -110,20 +110,13 @@ class FeatureRows:
         if self.features_ND.shape != (count, info.dim):
             raise errors.InvalidRowsError(Problem.WRONG_FEATURE_SHAPE, self.features_ND.shape, count, info.dim)
         if self.features_ND.dtype != info.storage_dtype:
-            raise errors.InvalidRowsError(
-                Problem.WRONG_FEATURE_DTYPE, self.features_ND.dtype, info.dtype, info.storage_dtype
-            )
+            found = self.features_ND.dtype
+            raise errors.InvalidRowsError(Problem.WRONG_FEATURE_DTYPE, found, info.dtype, info.storage_dtype)
         finite_N = finite_rows(self.features_ND, info.dtype)
         if not finite_N.all():
             first = int(np.flatnonzero(~finite_N)[0])
-            raise errors.InvalidRowsError(
-                Problem.FEATURES_NOT_FINITE,
-                count - int(finite_N.sum()),
-                count,
-                info.dtype,
-                self.keys_N[first],
-                self.uris[first],
-            )
+            counts, row = (count - int(finite_N.sum()), count), (self.keys_N[first], self.uris[first])
+            raise errors.InvalidRowsError(Problem.FEATURES_NOT_FINITE, *counts, info.dtype, *row)
         live_M = np.flatnonzero(~self.deleted_N)
         check_collisions(self.keys_N[live_M], [self.uris[i] for i in live_M])
 

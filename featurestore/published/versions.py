@@ -108,7 +108,7 @@ class PublishedFiles(Storage):
         try:
             return self.published.files[path].path
         except KeyError:
-            raise FileNotFoundError(f"{self.url}, version {self.published.version}, has no file {path}") from None
+            raise FileNotFoundError(Problem.NO_SUCH_FILE.of(self.url, self.published.version, path)) from None
 
 
 def open_published(url: str | os.PathLike[str]) -> Storage:

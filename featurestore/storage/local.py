@@ -208,7 +208,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def _check_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise IrregularFileError(errno.EINVAL, "not a regular file (pipe, socket or device)")
+        raise IrregularFileError(errno.EINVAL, Problem.NOT_REGULAR.of())
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -252,8 +252,8 @@ class Storage:
         try:
             yield
         except remote.RetriesExhaustedError as error:
-            reason = f"{remote.reason_of(error.last)} (tried {error.tries} times)"
-            raise StorageError(Problem.REFUSED, action, self.full(path), reason) from error.last
+            reason = remote.reason_of(error.last)
+            raise StorageError(Problem.REFUSED_OFTEN, action, self.full(path), reason, error.tries) from error.last
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, AddressError | StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing
@@ -269,7 +269,7 @@ class Storage:
                 raise self._disk_error(action, path, error) from error
             reason = remote.reason_of(error)
             if isinstance(error, PermissionError):
-                reason = f"{reason.removesuffix('.')}; are the credentials right?"
+                raise StorageError(Problem.NO_PERMISSION, action, self.full(path), reason.removesuffix(".")) from error
             raise StorageError(Problem.REFUSED, action, self.full(path), reason) from error
 
     def _disk_error(self, action: str, path: str, error: Exception) -> StorageError:

@@ -273,9 +273,8 @@ class _Purge:
     def _check_readable(self, newest: Manifest, traces: Sequence[Trace]) -> None:
         unread = {trace.path: trace.text for trace in traces if trace.rows is None}
         for path in _paths(newest) & unread.keys():
-            raise CorruptFileError(
-                Problem.BROKEN_UNTIL_MENDED, unread[path], f"crossmedia store repair {self.store.url}, and purge again"
-            )
+            way_out = f"crossmedia store repair {self.store.url}, and purge again"
+            raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, unread[path], way_out)
 
     def _moves(self, affected: dict[int, Manifest], newest: Manifest) -> list[ChannelMove]:
         """Find the channels that follow to the new snapshot.

@@ -154,15 +154,16 @@ def _finished(
         made = FeatureStore.open(storage.url)
     except StoreNotFoundError:
         return None
-    report, first, text = read_report(storage), log.find(storage, 1), ""
+    report, first = read_report(storage), log.find(storage, 1)
     # Where another writer's commit was first, the report is of rows that are not there.
     if report is not None and (first is None or first.commit_id == report.commit_id):
         made_dims = None if report.variance_kept is None else report.dim
         asked = snapshot.manifest.commit_id, dims, dtype
         if asked == (report.source_commit_id, made_dims, report.dtype):
             return report if made.snapshot().version else None  # none if it was killed right before its commit
-        text = f", made of snapshot {report.source_version} of {report.source} as {_described(made.info)}"
-    raise StoreExistsError(Problem.STORE_IN_THE_WAY, storage.url, text)
+        rows = report.source_version, report.source, _described(made.info)
+        raise StoreExistsError(Problem.OTHER_ROWS_IN_THE_WAY, storage.url, *rows)
+    raise StoreExistsError(Problem.STORE_IN_THE_WAY, storage.url)
 
 
 def _write_shards(
@@ -284,14 +285,12 @@ def principal_components(
     D = 8,192. Cost: N x D x D multiplications, and about 2 D^3 at the end. Raises InvalidRowsError where the rows vary
     in fewer directions, or hold a number that is not finite.
     """
-    info = snapshot.info
+    info, url = snapshot.info, snapshot.storage.url
     if not 1 <= dims <= info.dim:
-        raise DimsError(Problem.TOO_MANY_DIMS, dims, snapshot.storage.url, info.dim)
+        raise DimsError(Problem.TOO_MANY_DIMS, dims, url, info.dim)
     num_rows = snapshot.num_rows
     if dims >= num_rows:
-        raise InvalidRowsError(
-            Problem.TOO_FEW_ROWS, dims, snapshot.version, snapshot.storage.url, num_rows, max(0, num_rows - 1)
-        )
+        raise InvalidRowsError(Problem.TOO_FEW_ROWS, dims, snapshot.version, url, num_rows, max(0, num_rows - 1))
     shards = sorted(snapshot.manifest.shards)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         moments = CoMoments(info.dim, pool)
@@ -300,7 +299,7 @@ def principal_components(
             for block in merged_blocks(reader):
                 values_ND = snapshot.codec.decode(matrix_of(block, info))
                 if not np.isfinite(values_ND).all():
-                    raise InvalidRowsError(Problem.SHARD_NOT_FINITE, shard, snapshot.storage.url)
+                    raise InvalidRowsError(Problem.SHARD_NOT_FINITE, shard, url)
                 moments.add(values_ND)
             if progress is not None:
                 progress(number, len(shards))
@@ -308,7 +307,7 @@ def principal_components(
         spectrum_K, components_KD = moments.components(dims)
     rank = int(np.count_nonzero(spectrum_K > info.dim * np.finfo(np.float64).eps * spectrum_K[0]))
     if rank < dims:
-        raise InvalidRowsError(Problem.TOO_FEW_DIRECTIONS, dims, snapshot.storage.url, rank)
+        raise InvalidRowsError(Problem.TOO_FEW_DIRECTIONS, dims, url, rank)
     origin = BasisOrigin(
         store_id=info.store_id,
         version=snapshot.version,

@@ -32,14 +32,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from featurestore import log, staging
-from featurestore.errors import (
-    CorruptFileError,
-    FeatureStoreError,
-    SnapshotNotFoundError,
-    StorageError,
-    StoreNotFoundError,
-)
+from featurestore import errors, log, staging
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
 from featurestore.format import datafile
 from featurestore.format.codec import BASES, basis_of
 from featurestore.format.shard import ShardReader, newest_rows, read_moments, write_shard_file
@@ -74,7 +68,7 @@ class Damage:
 
     kind: ProblemKind
     path: str  # relative to the store
-    error: FeatureStoreError  # names the file by its full address
+    error: errors.FeatureStoreError  # names the file by its full address
     way_out: str
     versions: tuple[int, ...] = ()  # snapshots that hold a data file, ascending
 

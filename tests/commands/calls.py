@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import re
 import shlex
 import sys
 import traceback
@@ -13,6 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 from featurestore.console import commandline
+from featurestore.errors import Sentences
+from tests.raised import told
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
@@ -42,6 +45,8 @@ PARSED = functools.cache(commandline.get_command)
 """The parser of each app, which is made once for all lines: to make it takes as long as many a line."""
 CHECKED = functools.cache(commandline._check_numbers_of)
 HUGE = "99999999999999999999"
+Told = str | tuple[Sentences, Mapping[str, object]]
+"""What a message has to tell: a problem, alone or with values of it, or words."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,15 @@ def process_of(words: list[str]) -> list[str]:
     if "/" in name:
         return [sys.executable, str(ROOT / f"{name}.py"), *arguments]
     return [sys.executable, "-m", name, *arguments]
+
+
+def pattern_of(told_of: Told, places: Mapping[str, object]) -> str:
+    """A regular expression of a message; `{name}` in a word or a text is one of `places`."""
+    problem, values = told_of if isinstance(told_of, tuple) else (told_of, {})
+    if not isinstance(problem, Sentences):
+        return re.escape(problem.format_map(places))
+    placed = {name: each.format_map(places) if isinstance(each, str) else each for name, each in values.items()}
+    return told(problem, **placed)
 
 
 def words_of(line: str, places: Mapping[str, object]) -> list[str]:
