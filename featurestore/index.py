@@ -12,6 +12,7 @@ import numpy as np
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.keys import AnyArray, Float32Array, Int64Array
+from featurestore.problems import Problem
 from featurestore.spec import IndexKind
 
 faiss: Any = _typed_faiss  # its stubs lack some of the classes
@@ -101,9 +102,9 @@ class VectorIndex:
         the score NOT_FOUND and the key 0. Raises InvalidRowsError for queries of another width.
         """
         if queries_KD.ndim != 2 or queries_KD.shape[1] != self.dim:
-            raise InvalidRowsError(f"queries of shape {queries_KD.shape} do not fit an index of width {self.dim}")
+            raise InvalidRowsError(Problem.WRONG_QUERY_SHAPE, queries_KD.shape, self.dim)
         if count < 1:
-            raise InvalidRowsError(f"count={count}: a search is for at least one key")
+            raise InvalidRowsError(Problem.NOTHING_TO_FIND, count)
         found = min(count, self.num_keys)
         queries_KD = np.ascontiguousarray(queries_KD, np.float32)
         score_KC, place_KC = self._base.search(queries_KD, found)
@@ -132,7 +133,7 @@ class VectorIndex:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 return cls(faiss.deserialize_index(file["index"]), file["centre"])
         except _NO_INDEX as failure:
-            raise CorruptFileError(f"not an index that this code wrote: {failure}") from failure
+            raise CorruptFileError(Problem.NOT_AN_INDEX, failure) from failure
 
 
 def _empty(kind: IndexKind, dim: int) -> Any:
@@ -146,16 +147,12 @@ def _empty(kind: IndexKind, dim: int) -> Any:
 def _checked(keys_N: Int64Array, vectors_ND: Vectors) -> tuple[Int64Array, Vectors]:
     """Return keys and vectors as faiss takes them. Raises InvalidRowsError."""
     if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
-        raise InvalidRowsError(
-            f"vectors of shape {vectors_ND.shape} make no index; give (N, D) with at least one row and one number"
-        )
+        raise InvalidRowsError(Problem.WRONG_VECTOR_SHAPE, vectors_ND.shape)
     if keys_N.shape != (len(vectors_ND),) or keys_N.dtype != np.int64:
-        raise InvalidRowsError(
-            f"keys {keys_N.dtype}{keys_N.shape}: each of {len(vectors_ND)} vectors needs an int64 key"
-        )
+        raise InvalidRowsError(Problem.WRONG_VECTOR_KEYS, keys_N.dtype, keys_N.shape, len(vectors_ND))
     if len(np.unique(keys_N)) < len(keys_N):
-        raise InvalidRowsError("a key comes twice; give one vector of each")
+        raise InvalidRowsError(Problem.KEY_GIVEN_TWICE)
     vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
     if (wrong := np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))).size:
-        raise InvalidRowsError(f"the vector of key {keys_N[wrong[0]]} has numbers that are not finite")
+        raise InvalidRowsError(Problem.VECTOR_NOT_FINITE, keys_N[wrong[0]])
     return np.ascontiguousarray(keys_N), vectors_ND

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from featurestore.errors import ImageNameError
+from featurestore.problems import Problem
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
@@ -58,7 +59,7 @@ def keys_of_images(images: Any) -> Int64Array:
         return np.asarray(values, np.int64)
     texts = values.tolist()
     if not all(isinstance(text, str) for text in texts):
-        raise ImageNameError("an image is named by its uri, a text, or by its key, a whole number, not by other values")
+        raise ImageNameError(Problem.NOT_AN_IMAGE_NAME)
     return keys_of_uris(texts)
 
 
@@ -103,7 +104,7 @@ def splitmix64(keys_N: npt.ArrayLike) -> UInt64Array:
 def shard_of_hash(hash_N: UInt64Array, num_shards: int) -> Int64Array:
     """Return the shard of each splitmix64 hash: its top bits, (N,) int64. `num_shards` is a power of two."""
     if num_shards < 1 or num_shards & (num_shards - 1):
-        raise ValueError(f"num_shards={num_shards} is not a power of two")
+        raise ValueError(Problem.SHARDS_NOT_A_POWER.of(num_shards))
     if num_shards == 1:  # a shift by all 64 bits is undefined
         return np.zeros(len(hash_N), dtype=np.int64)
     return (hash_N >> np.uint64(65 - num_shards.bit_length())).astype(np.int64)

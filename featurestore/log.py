@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
+from featurestore.problems import Problem
 from featurestore.spec import MAX_VERSION, Manifest, create_sealed, read_sealed
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
@@ -86,8 +87,9 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
         if not _is_stray(storage, found):
             return found
     known = versions(storage) or [0]
-    expired = f", the oldest kept {known[0]}: {version} has expired" if version < known[-1] else ""
-    raise SnapshotNotFoundError(f"{storage.url} has no snapshot {version}; the newest is {known[-1]}{expired}")
+    if version < known[-1]:
+        raise SnapshotNotFoundError(Problem.EXPIRED, storage.url, version, known[-1], known[0])
+    raise SnapshotNotFoundError(Problem.NO_SNAPSHOT, storage.url, version, known[-1])
 
 
 class Appendable(Protocol):
@@ -126,9 +128,7 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
             if failures == _MAX_FAILURES:
                 raise
         time.sleep(random.uniform(0, 0.002 * min(attempt + 1, 20)))
-    raise CommitConflictError(
-        f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: retry, or commit less often"
-    )
+    raise CommitConflictError(Problem.OTHERS_COMMITTED_FIRST, _MAX_ATTEMPTS, storage.url)
 
 
 def read(storage: Storage, version: int, folder: str = LOG) -> Manifest:
@@ -162,7 +162,7 @@ def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     # have moved a damaged follower away, whose files are then those of ours.
     if followed is None and any(map(storage.list, (PINS, CHANNELS, _DAMAGED))):
         path = storage.full(manifest_path(found.version))
-        raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
+        raise StorageError(Problem.UNKNOWN_IF_LOGGED, path)
     storage.delete(manifest_path(found.version))
     return False
 
@@ -191,12 +191,12 @@ def _newest(storage: Storage) -> Manifest:
             return read(storage, known[-1]) if known else EMPTY
         except FileNotFoundError:
             continue
-    raise StorageError(f"manifests of {storage.url} are listed but missing, {_MAX_LISTINGS} times in a row")
+    raise StorageError(Problem.MANIFESTS_VANISHED, storage.url, _MAX_LISTINGS)
 
 
 def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> Manifest:
     if manifest.version != version:
-        raise CorruptFileError(f"{storage.full(path)} is the manifest of version {manifest.version}")
+        raise CorruptFileError(Problem.ANOTHER_MANIFEST, storage.full(path), manifest.version)
     return manifest
 
 

@@ -8,10 +8,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from featurestore.problems import Problem
 from featurestore.text import one_line, without_passwords
 
 _SHORT = 60  # characters of a value that a message shows
-_TOO_DEEP = "its lists and mappings are nested too deep"
 _MOST_NESTED = 100
 """Lists and mappings inside each other in YAML: PyYAML takes a second for a thousand brackets, as each may begin a key,
 and composes by recursion, where a finalizer that the collector runs at the stack's last frame fails."""
@@ -22,7 +22,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
+        raise ValueError(Problem.NESTED_TOO_DEEP.of()) from error
 
 
 _EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose the next node, where it is not inside too many others."""
         if self._depth > _MOST_NESTED:
-            raise yaml.YAMLError(_TOO_DEEP)
+            raise yaml.YAMLError(Problem.NESTED_TOO_DEEP.of())
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Take the next bracket, where it is not inside too many others."""
         if self.flow_level >= _MOST_NESTED:
-            raise yaml.YAMLError(_TOO_DEEP)
+            raise yaml.YAMLError(Problem.NESTED_TOO_DEEP.of())
         super().fetch_flow_collection_start(TokenClass)
 
 
@@ -68,7 +68,7 @@ class _WithoutAliases(_Loader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases (*name), which no program of this project writes")
+            raise yaml.YAMLError(Problem.HAS_ALIASES.of())
         return super().compose_node(parent, index)
 
 
@@ -81,7 +81,7 @@ def parse_yaml(text: str, aliases: bool = True) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from error
     except (LookupError, AttributeError, OverflowError) as error:  # of PyYAML's own for "!!bool x" and the like
-        raise ValueError(f"a value is not what its tag or form says: {error}") from error
+        raise ValueError(Problem.NOT_WHAT_ITS_TAG_SAYS.of(error)) from error
 
 
 def format_yaml(values: Any) -> str:

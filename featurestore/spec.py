@@ -10,6 +10,7 @@ import pydantic
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.parsing import first_mistake, parse_json
+from featurestore.problems import Problem
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
 
@@ -37,17 +38,14 @@ _RANDOM_ID = re.compile(r"[0-9a-f]{32}")
 
 def _check_relative(path: str) -> str:
     if len(path) > _MOST_PATH or not _PATH_BELOW.fullmatch(path):
-        raise ValueError(
-            f"{path[:200]!r} is not a relative path: names of up to {_MOST_NAME} characters with one / between them,"
-            " none of which begins with a dot or holds a backslash, a colon or a control character"
-        )
+        raise ValueError(Problem.NOT_A_RELATIVE_PATH.of(path[:200], _MOST_NAME))
     return path
 
 
 def check_file_name(name: str) -> str:
     """Return a relative path of one part. Raises ValueError for others."""
     if "/" in name:
-        raise ValueError(f"{name[:200]!r} is not a file name: it has a slash")
+        raise ValueError(Problem.NOT_A_FILE_NAME.of(name[:200]))
     return _check_relative(name)
 
 
@@ -58,7 +56,7 @@ def is_random_id(text: str) -> bool:
 
 def _check_id(text: str) -> str:
     if not is_random_id(text):
-        raise ValueError(f"{text[:200]!r} is not an id: 32 digits of 0-9 and a-f")
+        raise ValueError(Problem.NOT_AN_ID.of(text[:200]))
     return text
 
 
@@ -159,7 +157,7 @@ class StoreInfo(Sealed):
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
-            raise ValueError(f"num_shards={value} is not a power of two")
+            raise ValueError(Problem.SHARDS_NOT_A_POWER.of(value))
         return value
 
     @property
@@ -201,7 +199,7 @@ class StoreInfo(Sealed):
         found = differing(self.kind.model_dump(mode="json"), other.kind.model_dump(mode="json"))
         if found:
             fields = "; ".join(f"{name} is {theirs!r} instead of {mine!r}" for name, mine, theirs in found)
-            raise SpecMismatchError(f"{where}: {fields}. Features of different kinds do not mix: use another store.")
+            raise SpecMismatchError(Problem.ANOTHER_KIND, where, fields)
 
 
 class FileEntry(Frozen):
@@ -288,24 +286,24 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
     try:
         fields = parse_json(data)
     except ValueError as error:
-        raise CorruptFileError(f"{path} is damaged: {error}") from error
+        raise CorruptFileError(Problem.DAMAGED, path, error) from error
     if not isinstance(fields, dict):
-        raise CorruptFileError(f"{path} is damaged: it is not a JSON object")
+        raise CorruptFileError(Problem.NOT_AN_OBJECT, path)
     for name in ("format_version", "digest"):
         if name not in fields:
-            raise CorruptFileError(f"{path} is damaged: {name} is missing in it")
+            raise CorruptFileError(Problem.FIELD_MISSING, path, name)
     format_version, digest = fields["format_version"], fields.pop("digest")
     # Of the bytes as they are: to encode the fields again takes ten times as long as to read them.
     line = _digest_line(digest)
     is_whole = data.endswith(line) and _sha256(data.removesuffix(line) + _END) == digest
     if isinstance(format_version, int) and format_version > FORMAT_VERSION and is_whole:
-        raise FormatVersionError(f"{path} has format {format_version}, this code reads up to {FORMAT_VERSION}: update")
+        raise FormatVersionError(Problem.FORMAT_TOO_NEW, path, format_version, FORMAT_VERSION)
     try:
         model = model_class.model_validate(fields)
     except pydantic.ValidationError as error:
-        raise CorruptFileError(f"{path} is damaged: {first_mistake(error)}") from error
+        raise CorruptFileError(Problem.DAMAGED, path, first_mistake(error)) from error
     if not is_whole:
-        raise CorruptFileError(f"{path} is damaged: its digest does not fit its content")
+        raise CorruptFileError(Problem.WRONG_DIGEST, path)
     return model
 
 

@@ -17,6 +17,7 @@ from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import KEY, DataFile, FeatureRows, digest_of, encode, numpy_column, table_of
 from featurestore.format.shard import newest_rows, take_rows
 from featurestore.keys import shard_of
+from featurestore.problems import Problem
 from featurestore.spec import StoreInfo, check_file_name
 from featurestore.storage.storage import Storage, in_threads
 
@@ -79,10 +80,7 @@ def _read_part(storage: Storage, info: StoreInfo, path: str, shards: range) -> p
     try:
         source = storage.open_input(path)
     except FileNotFoundError as error:
-        raise InvalidRowsError(
-            f"{storage.full(path)} was never staged, or has been discarded: two runs of the same job on one store at a"
-            " time share their parts, and the first to end discards them. Run one at a time; run this again"
-        ) from error
+        raise InvalidRowsError(Problem.NEVER_STAGED, storage.full(path)) from error
     with source:
         file = DataFile(source, info, storage.full(path))
         shard_N = shard_of(numpy_column(file.read([KEY]), KEY), info.num_shards)
@@ -102,7 +100,7 @@ def _checked(name: str) -> str:
     try:
         return check_file_name(name)
     except ValueError as error:
-        raise InvalidRowsError(f"a run or a part cannot have this name: {error}") from error
+        raise InvalidRowsError(Problem.BAD_RUN_NAME, error) from error
 
 
 QUARANTINE = "quarantine"
@@ -177,11 +175,11 @@ def read_file(storage: Storage, name: str) -> list[QuarantineRow]:
     path = f"{QUARANTINE}/{name}"
     data = storage.read_bytes(path)
     if name != f"{digest_of(data, 'xxh3_128')}.parquet":
-        raise CorruptFileError(f"{storage.full(path)} is damaged: its name is not the xxh3-128 of its content")
+        raise CorruptFileError(Problem.NAME_IS_NOT_DIGEST, storage.full(path))
     try:
         # Without threads: Arrow starts them late, and one that starts while the process ends aborts it.
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(use_threads=False)
         return [QuarantineRow(**values) for values in table.to_pylist()]
     except (pa.ArrowException, OSError, TypeError) as error:
-        raise CorruptFileError(f"{storage.full(path)} is damaged: {error}") from error
+        raise CorruptFileError(Problem.DAMAGED, storage.full(path), error) from error

@@ -22,6 +22,7 @@ from featurestore.format import datafile
 from featurestore.format.codec import Basis, Codec, FeatureStatistics, Moments, basis_of
 from featurestore.format.shard import ShardReader, live_batches, live_schema, newest_rows, take_rows, write_shard_file
 from featurestore.keys import AnyArray, BoolArray, FloatArray, Int64Array, shard_of
+from featurestore.problems import Problem
 from featurestore.published.versions import VersionName, find_channel
 from featurestore.spec import FileEntry, Manifest, SourceSnapshot, StoreInfo
 from featurestore.storage.safety import refuse_unsafe
@@ -104,7 +105,7 @@ class Snapshot(Shown):
         if not found_U.all():
             asked_U, what = (keys, "key") if images is None else (images, "image")
             missing, where = [asked_U[place] for place in np.flatnonzero(~found_U).tolist()], f"snapshot {self.version}"
-            raise errors.MissingKeysError(missing_message(missing, f"{where} of {self.storage.url}", what))
+            raise missing_keys(missing, f"{where} of {self.storage.url}", what)
         return features_UD
 
     def to_arrow(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Table:
@@ -141,11 +142,11 @@ class Snapshot(Shown):
         return list(in_threads(work, readers, _THREADS))
 
 
-def missing_message(keys: Sequence[object] | Int64Array, where: str, what: str = "key") -> str:
-    """Format up to five of the missing keys, or names of images, and how many there are."""
-    shown = ", ".join(str(key) for key in keys[:5])
+def missing_keys(keys: Sequence[object] | Int64Array, where: str, what: str = "key") -> errors.MissingKeysError:
+    """Return the error for missing keys, or names of images: up to five of them, and how many there are."""
+    shown = ", ".join(str(key) for key in keys[:5]) + (", …" if len(keys) > 5 else "")
     have = f"{what} has" if len(keys) == 1 else f"{what}s have"
-    return f"{len(keys)} {have} no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"
+    return errors.MissingKeysError(Problem.NO_FEATURE, len(keys), have, where, shown)
 
 
 class SnapshotId(BaseModel):
@@ -205,10 +206,7 @@ class SnapshotId(BaseModel):
         `what` (a checkpoint, an index) has rows of this one. A store that was copied, restored, compacted or repaired
         is the same."""
         if not self.is_same(found):
-            raise errors.AnotherStoreError(
-                f"{what} belongs to {self.described()}. This is {found.described()}: another store of the same kind, "
-                f"whose features may differ; {way_out}"
-            )
+            raise errors.AnotherStoreError(Problem.ANOTHER_STORE, what, self.described(), found.described(), way_out)
 
 
 @dataclass(kw_only=True)
@@ -241,14 +239,11 @@ class Commit:
         """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file differs from its entry."""
         for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
             if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
-                raise errors.InvalidRowsError(f"{entry.path} is not a file of shard {shard} of {self.info.num_shards}")
+                raise errors.InvalidRowsError(Problem.FILE_OF_ANOTHER_SHARD, entry.path, shard, self.info.num_shards)
             try:
                 size_bytes = self.storage.size(entry.path)
             except FileNotFoundError as error:
-                raise errors.CorruptFileError(
-                    f"{self.storage.full(entry.path)} is missing: `expire` removes files that no snapshot names once"
-                    " they are older than its grace time; build it again"
-                ) from error
+                raise errors.CorruptFileError(Problem.EXPIRED_MEANWHILE, self.storage.full(entry.path)) from error
             if entry.info_digest != self.info.digest or size_bytes != entry.bytes:
                 with datafile.open_entry(self.storage, self.info, entry):
                     pass  # names what differs
@@ -260,9 +255,7 @@ class Commit:
         has given a key another uri.
         """
         if self.only_after is not None and parent.version != self.only_after:
-            raise errors.CommitConflictError(
-                f"{self.storage.url} has snapshot {parent.version}, and not {self.only_after}"
-            )
+            raise errors.CommitConflictError(Problem.ANOTHER_NEWEST, self.storage.url, parent.version, self.only_after)
         self._check_uris(parent)
         changed = {
             shard: _files_after(parent.files(shard), self.entries.get(shard, ()), self.replaces.get(shard, ()))
@@ -317,9 +310,7 @@ def _files_after(
     start = paths.index(gone[0]) if gone and gone[0] in paths else len(paths)
     may_be_behind = not gone or (new and all(file.kind == "delta" for file in new))
     if paths[start : start + len(gone)] != gone or not (start == 0 or may_be_behind):
-        raise errors.CommitConflictError(
-            f"another writer has replaced or removed {', '.join(gone)} meanwhile: read the newest snapshot and retry"
-        )
+        raise errors.CommitConflictError(Problem.REPLACED_MEANWHILE, ", ".join(gone))
     files = [*older[:start], *new, *older[start + len(gone) :]]
     return [file.model_copy(update={"kind": "delta" if place else "base"}) for place, file in enumerate(files)]
 
@@ -364,11 +355,11 @@ class FeatureStore:
         """
         storage = Storage(url, keep_inside=True)
         if INFO_PATH in storage.list():
-            raise errors.StoreExistsError(f"{storage.url} is a store already")
+            raise errors.StoreExistsError(Problem.STORE_EXISTS, storage.url)
         refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
         if spec.create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
-            raise errors.StoreExistsError(f"{storage.url} is a store already")
+            raise errors.StoreExistsError(Problem.STORE_EXISTS, storage.url)
         return cls(storage, mine)
 
     @classmethod
@@ -379,7 +370,7 @@ class FeatureStore:
             return cls(storage, spec.read_sealed(storage, INFO_PATH, StoreInfo))
         except FileNotFoundError:
             storage.check_bucket()
-            raise errors.StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
+            raise errors.StoreNotFoundError(Problem.NO_STORE, storage.url, INFO_PATH) from None
 
     @classmethod
     def open_or_create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
@@ -403,7 +394,7 @@ class FeatureStore:
         if isinstance(version, str):
             return self._of_channel(version)
         if version is not None and version < 0:
-            raise errors.SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
+            raise errors.SnapshotNotFoundError(Problem.NEGATIVE_VERSION, version)
         return Snapshot(self.storage, self.info, log.read_manifest(self.storage, version))
 
     def _of_channel(self, name: str) -> Snapshot:
@@ -415,11 +406,8 @@ class FeatureStore:
             move = find_channel(self.storage, name)
             manifest = log.read_manifest(self.storage, move.version)
         if manifest.commit_id != move.commit_id:
-            raise errors.AnotherStoreError(
-                f"channel {name} of {self.url} points to snapshot {move.version} of commit {move.commit_id[:8]}, and"
-                f" snapshot {move.version} is commit {manifest.commit_id[:8]} here: the store was put back from a"
-                f" backup, or made again; set the channel again: crossmedia store channel {self.url} {name} N"
-            )
+            moved, found = move.commit_id[:8], manifest.commit_id[:8]
+            raise errors.AnotherStoreError(Problem.ANOTHER_COMMIT, name, self.url, move.version, moved, found)
         return Snapshot(self.storage, self.info, manifest)
 
     def stage_part(self, run_id: str, part: str, rows: datafile.FeatureRows) -> None:

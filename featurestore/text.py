@@ -15,6 +15,8 @@ from html import escape
 from itertools import islice
 from typing import IO, Any, Literal
 
+from featurestore.problems import Problem
+
 MOST_BREAKS = 100  # line breaks in one value; more is taken for a quote that is not closed
 _TO_THE_QUOTE = re.compile(r'(?:[^"]++|"")*+')
 _BUFFER_BYTES = 8 << 20
@@ -66,7 +68,7 @@ def first_rows(beginning: bytes, style: CsvStyle, most: int) -> list[list[str]]:
     try:
         text = beginning.decode(style.encoding, errors="replace").removeprefix("\ufeff")
     except LookupError as failure:
-        raise CsvTextError(f"encoding {style.encoding} is unknown; write it as utf-8, latin-1 or cp1252") from failure
+        raise CsvTextError(Problem.UNKNOWN_ENCODING.of(style.encoding)) from failure
     rows: list[list[str]] = []
     with contextlib.suppress(csv.Error):
         rows.extend(islice((row for row in csv.reader(io.StringIO(text, ""), delimiter=style.delimiter) if row), most))
@@ -126,7 +128,7 @@ def long_rows(file: IO[bytes], delimiter: str, most_lines: int | None = None) ->
 def check_encoding(beginning: bytes) -> None:
     """Raise CsvTextError where the first bytes of a text are not UTF-8's."""
     if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in beginning[:4]:
-        raise CsvTextError("the text is in UTF-16 or UTF-32, not in UTF-8; convert it, as with: iconv -t UTF-8")
+        raise CsvTextError(Problem.NOT_UTF8.of())
 
 
 class _Scan:
@@ -159,7 +161,7 @@ class _Scan:
             elif breaks:
                 found[row - 1] = LongRow(first_line, breaks, swallowed)
         if self._begun is not None and next(text, None) is None:
-            raise self._error("does not end")
+            raise self._error(Problem.QUOTE_NOT_CLOSED)
         return found
 
     def _look(self, line: str, number: int) -> bool:
@@ -178,16 +180,13 @@ class _Scan:
             if end == len(line):
                 self._breaks += 1
                 if self._breaks > MOST_BREAKS:
-                    raise self._error(f"continues over more than {MOST_BREAKS} lines")
+                    raise self._error(Problem.QUOTE_TOO_LONG, MOST_BREAKS)
                 return swallowed
             swallowed |= self._delimiters == self._breaks * (self._columns - 1) > 0
             self._begun, at = None, end + 1
 
-    def _error(self, what: str) -> CsvTextError:
-        return CsvTextError(
-            f'line {self._begun}: a value that begins with the quote " {what}; close the quote, or where it belongs to '
-            "the text, double it and put the value into quotes"
-        )
+    def _error(self, problem: Problem, *values: object) -> CsvTextError:
+        return CsvTextError(problem.of(self._begun, *values))
 
 
 DType = Literal["bfloat16", "float16", "float32"]

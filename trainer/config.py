@@ -20,11 +20,11 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from featurestore.errors import StorageError
+from featurestore.errors import ChannelError, StorageError
 from featurestore.lookup import ComputeDType
 from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.paths import RunPath, read_text, run_path, write_file
-from featurestore.published.versions import CHANNEL_RULE, is_channel_name
+from featurestore.published.versions import check_channel_name
 from featurestore.spec import MissingPolicy, differing
 from featurestore.text import near_match, without_passwords
 from trainer.errors import ConfigError, TrainerError
@@ -290,9 +290,10 @@ WarmParts = Literal["partial", "all"]
 
 def _version(value: Any) -> int | str:
     if isinstance(value, str) and not value.isdigit():
-        if not is_channel_name(value):
-            raise ValueError(CHANNEL_RULE.format(name=value))
-        return value
+        try:
+            return check_channel_name(value)
+        except ChannelError as failure:
+            raise ValueError(str(failure)) from failure
     if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < 2**63:
         raise ValueError(f"{value!r} is neither the number of a snapshot, from 0 on, nor the name of a channel")
     return int(value)

@@ -12,6 +12,7 @@ from featurestore.commands import WHICH, DryRun, Url, Version, open_store, read_
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary, print_table, progress_bar, text_console
 from featurestore.errors import FAILED, UnsafeBackendError
+from featurestore.problems import Problem
 from featurestore.storage.storage import Storage
 from featurestore.text import DType, count_text, printable, ranges_text
 
@@ -48,7 +49,7 @@ def verify(
     """
     if absent is not None:
         if version is not None:
-            raise typer.BadParameter("it reads every file of a store: give no --version", param_hint="--absent")
+            raise typer.BadParameter(Problem.ABSENT_READS_ALL.of(), param_hint="--absent")
         _prove_absent(url, absent)
         return
     from featurestore.published.versions import find_channel
@@ -60,7 +61,7 @@ def verify(
     for problem in report.problems:
         print_problem(f"broken: {problem}")
     for problem in report.known:
-        print_summary(f"known, in older snapshots alone: {problem.message}")
+        print_summary(f"known, in older snapshots alone: {problem.error}")
     looked_at = f"{count_text(report.num_manifests, 'manifest')}, {count_text(report.num_files, 'file')}"
     print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}, {report.num_bytes:,} bytes")
     raise typer.Exit(1 if report.problems else 0)
@@ -114,7 +115,7 @@ def check_backend(
     for problem in report.problems:
         sys.stderr.write(f"unsafe: {problem}\n")
     if report.problems:
-        raise UnsafeBackendError(f"{storage.url} cannot hold a store, as commits could be lost there")
+        raise UnsafeBackendError(Problem.UNSAFE_PLACE, storage.url)
     races = f"{report.num_overlapping:,} of {report.num_rounds:,} races of {report.num_writers} writers overlapped"
     if not report.num_overlapping:
         print_problem(f"not disproved, and not tried: {races}; try more --rounds and --writers")
@@ -207,7 +208,7 @@ def purge(
     elif uris is not None and keys is None:
         images = upkeep.purge.read_images(uris, "uri")
     else:
-        raise typer.BadParameter("give one of them", param_hint="--keys, --uris")
+        raise typer.BadParameter(Problem.NOT_ONE_OF_BOTH.of(), param_hint="--keys, --uris")
     with progress_bar("files") as progress:
         report = upkeep.purge.purge(
             open_store(url), images, writer_hours=writer_hours, dry_run=dry_run, progress=progress

@@ -10,6 +10,7 @@ from rich.filesize import decimal as bytes_text
 from featurestore import upkeep
 from featurestore.commands import WHICH, DryRun, Url, open_store, read_version_name
 from featurestore.console import commandline, output
+from featurestore.problems import Problem
 from featurestore.text import count_text, ranges_text
 from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
@@ -21,7 +22,7 @@ app = commandline.CommandApp()
 
 def _pin_name(name: str) -> str:
     if not upkeep.history.is_pin_name(name):
-        raise typer.BadParameter(upkeep.history.PIN_NAME_RULE.format(name=name))
+        raise typer.BadParameter(Problem.NOT_A_PIN_NAME.of(name))
     return name
 
 
@@ -236,7 +237,7 @@ def channel(
     store = open_store(url)
     if remove:
         if name is None or version is not None:
-            raise typer.BadParameter("it takes a NAME and no snapshot", param_hint="--remove")
+            raise typer.BadParameter(Problem.REMOVAL_WITH_SNAPSHOT.of(), param_hint="--remove")
         removed = upkeep.history.remove_channel(store, name)
         output.print_summary(f"{removed.channel} is not a channel any more")
     elif name is None:

@@ -10,6 +10,7 @@ import typer
 from featurestore.commands import Url, Version, open_store
 from featurestore.console import commandline, output
 from featurestore.errors import FeatureStoreError
+from featurestore.problems import Problem
 from featurestore.text import refusal
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def get(
 ) -> None:
     """Fetch the features of images, as float32: printed, or written to a file."""
     if not keys and not uri:
-        raise typer.BadParameter("name a KEY or --uri")
+        raise typer.BadParameter(Problem.NO_IMAGE_NAMED.of())
     import numpy as np
 
     from featurestore.keys import keys_of_uris
@@ -115,7 +116,7 @@ def _write(path: Path, values_UD: "Float32Array") -> None:
         with replaced_file(path) as part, part.open("wb") as file:
             np.save(file, values_UD)
     except OSError as error:
-        raise FeatureStoreError(f"cannot write {path}: {refusal(error)}") from error
+        raise FeatureStoreError(Problem.REFUSED, "write", path, refusal(error)) from error
 
 
 @app.command(
@@ -151,7 +152,7 @@ def serve(
     from featurestore.flight.server import serve as serve_store
 
     if (tls_cert is None) != (tls_key is None):
-        raise typer.BadParameter("--tls-cert and --tls-key go together")
+        raise typer.BadParameter(Problem.TLS_HALF_GIVEN.of())
     bound_freed_memory(2 * BLOCK_BYTES)
     store = open_store(url)
     listening = _listening(host, port, tls_cert, tls_key, token_file)
@@ -166,9 +167,7 @@ def read_tls(certificate: Path, key: Path) -> tuple[str, str]:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
         return certificate.read_text(), key.read_text()
     except (OSError, UnicodeDecodeError) as error:  # ssl.SSLError is an OSError
-        raise FeatureStoreError(
-            f"--tls-cert {certificate} and --tls-key {key} are not a pair in PEM: {error}"
-        ) from error
+        raise FeatureStoreError(Problem.TLS_NOT_A_PAIR, certificate, key, error) from error
 
 
 def _listening(

@@ -38,6 +38,7 @@ from typer.models import ParameterInfo
 
 from featurestore.console.page import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
+from featurestore.problems import Problem
 from featurestore.text import one_line, printable, refusal
 
 Options = TypeVar("Options")
@@ -227,14 +228,14 @@ def say_error(error: Exception | str) -> None:
 def on_this_machine(folder: Path) -> Path:
     """Check an option that names a folder to write on this machine. Raises typer.BadParameter for an address."""
     if _ADDRESS.match(str(folder)):
-        raise typer.BadParameter(f"{folder} is an address; name a folder of this machine")
+        raise typer.BadParameter(Problem.IS_AN_ADDRESS.of(folder))
     return folder
 
 
 def power_of_two(value: int | None) -> int | None:
     """Check an option that counts shards, and return its value. Raises typer.BadParameter."""
     if value is not None and value & (value - 1):
-        raise typer.BadParameter(f"{value} is not a power of two; try 64 or 128")
+        raise typer.BadParameter(Problem.NOT_A_POWER_OF_TWO.of(value))
     return value
 
 
@@ -299,9 +300,9 @@ def _number_check(then: Callable[..., Any] | None) -> Callable[..., Any]:
     def check(context: Any, parameter: Any, value: Any) -> Any:
         for each in value if isinstance(value, list | tuple) else [value]:
             if isinstance(each, float) and not math.isfinite(each):
-                raise typer.BadParameter(f"{each} is not a finite number", ctx=context, param=parameter)
+                raise typer.BadParameter(Problem.NOT_FINITE.of(each), ctx=context, param=parameter)
             if isinstance(each, int) and each not in INT64:
-                raise typer.BadParameter(f"{each} is beyond 64 bits, -2^63 to 2^63 - 1", ctx=context, param=parameter)
+                raise typer.BadParameter(Problem.BEYOND_INT64.of(each), ctx=context, param=parameter)
         return value if then is None else then(context, parameter, value)
 
     return check

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from featurestore.errors import OutputPlaceError, TokenFileError, UserError
+from featurestore.problems import Problem
 from featurestore.text import refusal
 
 
@@ -32,7 +33,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     which would be gone.
     """
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "not a regular file; choose another path", str(path))
+        raise FileExistsError(errno.EEXIST, Problem.REPLACES_NO_FILE.of(), str(path))
     part = path.with_name(f".{path.name}")
     try:
         yield part
@@ -46,25 +47,23 @@ def replaced_file(path: Path) -> Iterator[Path]:
 def check_ending(path: Path | str, option: str, *endings: str) -> None:
     """Raise typer.BadParameter unless the file of an option has a name with one of these endings."""
     if PurePosixPath(path).suffix not in endings:
-        raise typer.BadParameter(
-            f"{path} has to end with {' or '.join(endings)}, a name before that", param_hint=option
-        )
+        raise typer.BadParameter(Problem.WRONG_ENDING.of(path, " or ".join(endings)), param_hint=option)
 
 
 def check_place(path: Path, option: str) -> None:
     """Raise OutputPlaceError where no file can be written at the path of an option; for before work that takes long."""
     if path.is_dir():
-        raise OutputPlaceError(f"cannot write {option} {path}: it is a folder; name a file in it")
+        raise OutputPlaceError(Problem.OUTPUT_IS_A_FOLDER, option, path)
     if path.exists() and not path.is_file():
-        raise OutputPlaceError(f"cannot write {option} {path}: not a regular file; choose another path")
+        raise OutputPlaceError(Problem.OUTPUT_NOT_REGULAR, option, path)
     if not path.parent.is_dir():
-        raise OutputPlaceError(f"cannot write {option} {path}: there is no folder {path.parent}; make it first")
+        raise OutputPlaceError(Problem.OUTPUT_WITHOUT_FOLDER, option, path, path.parent)
     part = path.with_name(f".{path.name}")  # as replaced_file does
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         part.unlink()
     except OSError as error:
-        raise OutputPlaceError(f"cannot write {option} {path}: {refusal(error)}") from error
+        raise OutputPlaceError(Problem.OUTPUT_REFUSED, option, path, refusal(error)) from error
 
 
 def _checked_json(context: typer.Context, value: Path | None) -> Path | None:
@@ -95,7 +94,7 @@ def write_json_option(path: Path | None, values: Any) -> None:
         if path is not None:
             write_json(path, values)
     except OSError as error:
-        raise UserError(f"cannot write --json {path}: {refusal(error)}") from error
+        raise UserError(Problem.OUTPUT_REFUSED, "--json", path, refusal(error)) from error
 
 
 def _finite(value: Any) -> Any:
@@ -138,23 +137,15 @@ def read_tokens(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="ascii").splitlines()]
     except OSError as error:
-        raise TokenFileError(f"--token-file {file}: {error.strerror}; name a file with a token a line") from error
+        raise TokenFileError(Problem.NO_TOKEN_FILE, file, error.strerror) from error
     except UnicodeDecodeError as error:
-        raise TokenFileError(
-            f"--token-file {file} is not ASCII text; a token is a line of letters, digits and signs, {_EXAMPLE}"
-        ) from error
+        raise TokenFileError(Problem.TOKENS_NOT_ASCII, file) from error
     tokens = [line for line in lines if line and not line.startswith("#")]
     if not tokens:
-        raise TokenFileError(f"--token-file {file} has no token; write one a line, {_EXAMPLE}")
+        raise TokenFileError(Problem.NO_TOKEN, file)
     for number, token in enumerate(tokens, start=1):
         if len(token) < FEWEST_CHARACTERS:
-            raise TokenFileError(
-                f"--token-file {file}: token {number} has {len(token)} characters and can be guessed; write "
-                f"{FEWEST_CHARACTERS} or more, {_EXAMPLE}"
-            )
+            raise TokenFileError(Problem.TOKEN_TOO_SHORT, file, number, len(token), FEWEST_CHARACTERS)
         if not token.isprintable() or " " in token:
-            raise TokenFileError(
-                f"--token-file {file}: token {number} has a space or a control character; a token is letters, digits "
-                f"and signs, {_EXAMPLE}"
-            )
+            raise TokenFileError(Problem.TOKEN_NOT_PLAIN, file, number)
     return tokens

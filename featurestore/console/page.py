@@ -22,6 +22,7 @@ import typer
 
 from featurestore.console.files import check_place, replace_file
 from featurestore.errors import UserError
+from featurestore.problems import Problem
 from featurestore.text import printable, refusal, without_passwords
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class ReportPage:
         try:
             replace_file(self._path, self.html())
         except OSError as error:
-            raise UserError(f"cannot write --html {self._path}: {refusal(error)}") from error
+            raise UserError(Problem.OUTPUT_REFUSED, "--html", self._path, refusal(error)) from error
 
 
 def _visible(text: str) -> str:

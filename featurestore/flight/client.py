@@ -17,15 +17,16 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import flight
 
-from featurestore.errors import AccessError, DeadlineError, MissingKeysError, ServerError, UnavailableError
+from featurestore.errors import AccessError, DeadlineError, ServerError, UnavailableError
 from featurestore.flight import protocol
 from featurestore.format.codec import Codec
 from featurestore.format.datafile import matrix_of, numpy_column
 from featurestore.keys import AnyArray, BoolArray, Int64Array
 from featurestore.lookup.hashedrows import Lookup
 from featurestore.lookup.rowfiles import output_for
+from featurestore.problems import Problem
 from featurestore.spec import MissingPolicy
-from featurestore.store import missing_message
+from featurestore.store import missing_keys
 
 _CALL_BYTES = 256 << 20  # of features in one call: each has its deadline
 _CALL_KEYS = 1 << 20
@@ -56,13 +57,11 @@ def connect(
     AccessError, DeadlineError, SnapshotNotFoundError.
     """
     if missing not in get_args(MissingPolicy):
-        raise ValueError(f"missing={missing!r} is none of {', '.join(get_args(MissingPolicy))}")
+        raise ValueError(Problem.UNKNOWN_POLICY.of(missing, ", ".join(get_args(MissingPolicy))))
     if timeout_s <= 0:
         raise ValueError(f"timeout_s={timeout_s} is not positive")
     if not _ADDRESS.fullmatch(address):
-        raise ValueError(
-            f"{address!r} is not the address of a feature server: grpc://HOST:PORT or grpc+tls://HOST:PORT"
-        )
+        raise ValueError(Problem.NOT_A_SERVER_ADDRESS.of(address))
     return FeatureClient(address, token, _read(ca), version, missing, timeout_s)
 
 
@@ -181,12 +180,12 @@ class FeatureClient:
             out_UD[: len(table)] = matrix_of(table, self.info)
         return len(table)
 
-    def _note_missing(self, missing_keys: Int64Array) -> None:
+    def _note_missing(self, keys_M: Int64Array) -> None:
         if self.missing_policy == "error":
             where = f"snapshot {self.snapshot_version} of {self.snapshot_id.url} at {self.address}"
-            raise MissingKeysError(missing_message(missing_keys, where))
+            raise missing_keys(keys_M, where)
         with self._lock:
-            self.missing_count += len(missing_keys)
+            self.missing_count += len(keys_M)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -194,7 +193,7 @@ class FeatureClient:
         try:
             yield
         except StopIteration:
-            raise ServerError(f"{self.address} ended its answer too early") from None
+            raise ServerError(Problem.ANSWER_ENDED_EARLY, self.address) from None
         except (pa.ArrowException, OSError) as error:
             raise self._translation(error) from error
 
@@ -205,25 +204,21 @@ class FeatureClient:
             return ours
         reason = str(error).partition("\n")[0]
         if isinstance(error, flight.FlightTimedOutError):
-            return DeadlineError(f"{self.address} did not answer within timeout_s={self._timeout_s:g}")
+            return DeadlineError(Problem.NO_ANSWER_IN_TIME, self.address, self._timeout_s)
         if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
-            refused = "refuses the token: it must be" if self._has_token else "needs a token: connect(..., token=...),"
-            return AccessError(f"{self.address} {refused} one of the server's --token-file")
+            return AccessError(Problem.TOKEN_REFUSED if self._has_token else Problem.TOKEN_NEEDED, self.address)
         # A server that ends cancels the calls that it has taken and not begun.
         if not isinstance(error, flight.FlightUnavailableError | flight.FlightCancelledError):
-            return ServerError(f"{self.address} failed: {reason}")
+            return ServerError(Problem.SERVER_FAILED, self.address, reason)
         if "certificate" in reason:  # gRPC has no code for it
-            return AccessError(f"the certificate of {self.address} is refused, see ca=: {reason}")
-        return UnavailableError(
-            f"no feature server answers at {self.address}, or the connection broke, or only one side uses TLS"
-            f" (grpc+tls://): {reason}"
-        )
+            return AccessError(Problem.CERTIFICATE_REFUSED, self.address, reason)
+        return UnavailableError(Problem.NO_SERVER, self.address, reason)
 
 
 def _keys(keys_U: npt.ArrayLike) -> Int64Array:
     given_U = np.asarray(keys_U)
     if given_U.size and given_U.dtype.kind not in "iu":  # 1.5 would ask for 1
-        raise TypeError(f"keys are {given_U.dtype}, and have to be int64: featurestore.keys_of_uris makes them of uris")
+        raise TypeError(Problem.KEYS_NOT_INT64.of(given_U.dtype))
     return np.ascontiguousarray(given_U, np.int64).reshape(-1)
 
 
@@ -234,6 +229,7 @@ def _read(ca: str | os.PathLike[str] | None) -> str | None:
         text = Path(ca).read_text()
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (OSError, ValueError) as error:  # an SSLError, of a text without a certificate, is an OSError
-        reason = "it has no certificate in PEM" if isinstance(error, ssl.SSLError | ValueError) else str(error)
-        raise AccessError(f"cannot read the certificates ca={os.fspath(ca)}: {reason}") from error
+        if isinstance(error, ssl.SSLError | ValueError):
+            raise AccessError(Problem.NOT_A_CERTIFICATE, os.fspath(ca)) from error
+        raise AccessError(Problem.CANNOT_READ_CERTIFICATES, os.fspath(ca), error) from error
     return text

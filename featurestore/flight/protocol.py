@@ -14,6 +14,7 @@ from featurestore import errors
 from featurestore.format.datafile import FEATURE, KEY, schema_of
 from featurestore.keys import Int64Array
 from featurestore.parsing import first_mistake
+from featurestore.problems import Problem
 from featurestore.spec import StoreInfo
 from featurestore.store import SnapshotId
 
@@ -68,9 +69,9 @@ def keys_of(batch: pa.RecordBatch) -> Int64Array:
     Raises QueryError for another column than int64 `key`, and for more than MAX_KEYS.
     """
     if batch.schema.names != [KEY] or batch.schema.types != [pa.int64()] or batch.column(0).null_count:
-        raise errors.QueryError(f"keys come as one column {KEY!r} of int64 without nulls, not as {batch.schema}")
+        raise errors.QueryError(Problem.WRONG_KEY_COLUMNS, KEY, batch.schema)
     if len(batch) > MAX_KEYS:
-        raise errors.QueryError(f"a batch of {len(batch):,} keys is above the limit of {MAX_KEYS:,}: send several")
+        raise errors.QueryError(Problem.TOO_MANY_KEYS, len(batch), MAX_KEYS)
     return np.asarray(batch.column(0).to_numpy(zero_copy_only=False))
 
 
@@ -79,7 +80,7 @@ def parse_message(model_class: type[ModelT], data: bytes) -> ModelT:
     try:
         return model_class.model_validate_json(data or b"{}")
     except ValidationError as error:
-        raise errors.QueryError(f"{model_class.__name__}: {first_mistake(error)}") from error
+        raise errors.QueryError(Problem.BAD_REQUEST, model_class.__name__, first_mistake(error)) from error
 
 
 def error_sent(error: errors.FeatureStoreError) -> Any:

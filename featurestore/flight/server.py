@@ -25,6 +25,7 @@ from featurestore.errors import FeatureStoreError, QueryError, ServerError, Snap
 from featurestore.flight import protocol
 from featurestore.keys import Int64Array
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.problems import Problem
 from featurestore.published.versions import VersionName
 from featurestore.storage.storage import Progress
 from featurestore.store import FeatureStore
@@ -73,7 +74,7 @@ class OpenSnapshots:
         if version is None or version == newest.snapshot_version:
             return newest
         if isinstance(self._version, int):
-            raise SnapshotNotFoundError(f"this server offers snapshot {self.newest} of {self.store.url} alone")
+            raise SnapshotNotFoundError(Problem.ONE_SNAPSHOT_OFFERED, self.newest, self.store.url)
         with self._lock:
             found = self._older.get(version)
             return self._keep(self._load(version) if found is None else found)
@@ -170,7 +171,7 @@ class FeatureServer(flight.FlightServerBase):
         """Describe a snapshot: a `Described` as JSON."""
         with self._answering():
             if action.type != protocol.DESCRIBE:
-                raise QueryError(f"this server has no action {action.type!r}, only {protocol.DESCRIBE!r}")
+                raise QueryError(Problem.UNKNOWN_ACTION, action.type, protocol.DESCRIBE)
             asked = protocol.parse_message(protocol.Asked, action.body.to_pybytes() if action.body else b"")
             partition = self._snapshots.partition(asked.version)
             described = protocol.Described(
@@ -237,10 +238,7 @@ def serve(snapshots: OpenSnapshots, listening: Listening, poll_s: float, report:
     try:
         server = FeatureServer(snapshots, listening)
     except (pa.ArrowException, OSError) as error:
-        raise ServerError(
-            f"cannot listen at {listening.host}:{listening.port}: {error}; if another program has the port, choose "
-            "another by --port, or end what listens there"
-        ) from error
+        raise ServerError(Problem.CANNOT_LISTEN, listening.host, listening.port, error) from error
     threading.Thread(target=follow, args=(snapshots, poll_s, report, ended), name="follow", daemon=True).start()
     try:
         report(f"{server.address} offers snapshot {snapshots.newest} of {snapshots.store.url}")

@@ -20,6 +20,7 @@ from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import FeatureRows, digest_of, finite_rows, read_verified, to_bits, to_float32
 from featurestore.keys import AnyArray, BoolArray, Float32Array, Float64Array, FloatArray
 from featurestore.parsing import first_mistake, parse_json
+from featurestore.problems import Problem
 from featurestore.spec import STORAGE_DTYPES, ExtractorSpec, Frozen, OptionalId, ReductionSpec, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
@@ -46,7 +47,7 @@ class Codec:
         """
         bits_ND, storable_N = self.encode_storable(values_ND)
         if not storable_N.all():
-            raise InvalidRowsError(f"row {np.flatnonzero(~storable_N)[0]} is not finite in {self.dtype}")
+            raise InvalidRowsError(Problem.ROW_NOT_FINITE, np.flatnonzero(~storable_N)[0], self.dtype)
         return bits_ND
 
     def encode_storable(self, values_ND: FloatArray) -> tuple[AnyArray, BoolArray]:
@@ -145,15 +146,12 @@ class Basis:
             origin = BasisOrigin.model_validate_json(file_metadata(data)[_ABOUT])
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_mistake(error) if isinstance(error, ValidationError) else error
-            raise CorruptFileError(f"{path} is not the basis of a compact store: {why}") from error
+            raise CorruptFileError(Problem.NOT_A_BASIS, path, why) from error
         return cls(mean_D, components_KD, spectrum_K, origin)
 
     def _check_width(self, rows: AnyArray, width: int) -> None:
         if rows.ndim != 2 or rows.shape[1] != width:
-            raise InvalidRowsError(
-                f"rows have shape {rows.shape}, and the basis is of (N, {self.full_dim}) for (N, {self.dim}): it takes"
-                f" (N, {width}) here"
-            )
+            raise InvalidRowsError(Problem.WRONG_ROW_SHAPE, rows.shape, self.full_dim, self.dim, width)
 
 
 def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
@@ -164,13 +162,10 @@ def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
     try:
         data = read_verified(storage, info.reduction.path, "sha256", info.reduction.sha256)
     except FileNotFoundError as error:
-        raise CorruptFileError(f"{path} is missing: without it nobody can make rows for the store") from error
+        raise CorruptFileError(Problem.BASIS_MISSING, path) from error
     basis = Basis.from_bytes(data, path)
     if (basis.dim, basis.full_dim) != (info.dim, info.full_dim):
-        raise CorruptFileError(
-            f"{path} is a basis of {basis.full_dim} numbers for {basis.dim}, and the store's is of {info.full_dim} for"
-            f" {info.dim}"
-        )
+        raise CorruptFileError(Problem.ANOTHER_BASIS, path, basis.full_dim, basis.dim, info.full_dim, info.dim)
     return basis
 
 
@@ -201,7 +196,7 @@ def read_npy(data: bytes | memoryview) -> AnyArray:
         with _lock:
             array: AnyArray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (MemoryError, OverflowError, SyntaxError, TypeError, tokenize.TokenError) as error:  # of a damaged header
-        raise ValueError(f"it is not an array as numpy writes one: {error}") from error
+        raise ValueError(Problem.NOT_AN_ARRAY.of(error)) from error
     return array
 
 
@@ -295,7 +290,7 @@ class Moments:
         try:
             moments_2D = read_npy(data)
         except ValueError as error:
-            raise CorruptFileError(f"{path} is damaged: {error}") from error
+            raise CorruptFileError(Problem.DAMAGED, path, error) from error
         if moments_2D.dtype != np.float64 or moments_2D.ndim != 2 or len(moments_2D) != 2:
-            raise CorruptFileError(f"{path} is damaged: it has {moments_2D.dtype} {moments_2D.shape}, not two rows")
+            raise CorruptFileError(Problem.NOT_TWO_ROWS, path, moments_2D.dtype, moments_2D.shape)
         return cls(count, moments_2D[0], moments_2D[1])

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from featurestore import errors
 from featurestore.keys import AnyArray, BoolArray, Float32Array, FloatArray, Int32Array, Int64Array, keys_of_uris
+from featurestore.problems import Problem
 from featurestore.spec import STORAGE_DTYPES, FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
@@ -72,7 +73,7 @@ class FeatureRows:
         count = len(uris)
         digests = content_digests if content_digests is not None else [_NO_DIGEST] * count
         if wrong := [digest for digest in digests if len(digest) != 16]:
-            raise errors.InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
+            raise errors.InvalidRowsError(Problem.WRONG_DIGEST_LENGTH, len(wrong[0]))
         return cls(
             keys_N=keys_of_uris(uris) if keys is None else np.asarray(keys, dtype=np.int64),
             uris=list(uris),
@@ -105,23 +106,17 @@ class FeatureRows:
         count = len(self.keys_N)
         lengths = {name: len(value) for name, value in self.__dict__.items()}
         if set(lengths.values()) != {count}:
-            raise errors.InvalidRowsError(f"columns of different lengths: {lengths}")
+            raise errors.InvalidRowsError(Problem.UNEQUAL_COLUMNS, lengths)
         if self.features_ND.shape != (count, info.dim):
-            raise errors.InvalidRowsError(
-                f"features have shape {self.features_ND.shape}, the store wants ({count}, {info.dim})"
-            )
+            raise errors.InvalidRowsError(Problem.WRONG_FEATURE_SHAPE, self.features_ND.shape, count, info.dim)
         if self.features_ND.dtype != info.storage_dtype:
-            raise errors.InvalidRowsError(
-                f"features are {self.features_ND.dtype}, the store holds {info.dtype}"
-                f" ({info.storage_dtype} in numpy): convert them by the encode of the store's codec"
-            )
+            found = self.features_ND.dtype
+            raise errors.InvalidRowsError(Problem.WRONG_FEATURE_DTYPE, found, info.dtype, info.storage_dtype)
         finite_N = finite_rows(self.features_ND, info.dtype)
         if not finite_N.all():
             first = int(np.flatnonzero(~finite_N)[0])
-            raise errors.InvalidRowsError(
-                f"{count - int(finite_N.sum())} of {count} features are not finite in {info.dtype}; the first is that"
-                f" of key {self.keys_N[first]} ({self.uris[first]!r})"
-            )
+            counts, row = (count - int(finite_N.sum()), count), (self.keys_N[first], self.uris[first])
+            raise errors.InvalidRowsError(Problem.FEATURES_NOT_FINITE, *counts, info.dtype, *row)
         live_M = np.flatnonzero(~self.deleted_N)
         check_collisions(self.keys_N[live_M], [self.uris[i] for i in live_M])
 
@@ -133,9 +128,7 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
     for place in np.flatnonzero(sorted_N[1:] == sorted_N[:-1]):
         first, second = uris[order_N[place]], uris[order_N[place + 1]]
         if first != second:
-            raise errors.KeyCollisionError(
-                f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one"
-            )
+            raise errors.KeyCollisionError(Problem.KEY_OF_TWO_URIS, sorted_N[place], first, second)
 
 
 def to_bits(values: FloatArray, dtype: DType) -> AnyArray:
@@ -337,10 +330,10 @@ class DataFile:
             schema = self._parquet.schema_arrow
             found = _parsed((schema.metadata or {})[_INFO])
         if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
-            raise errors.CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
+            raise errors.CorruptFileError(Problem.WRONG_ROW_GROUPS, path, self.num_rows)
         info.check_same(found, path)
         if not schema.equals(schema_of(info)):
-            raise errors.CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
+            raise errors.CorruptFileError(Problem.WRONG_COLUMNS, path, schema.names)
 
     @property
     def num_rows(self) -> int:
@@ -385,9 +378,9 @@ class DataFile:
         except MemoryError as error:
             if self._digest_checked:  # a good file must not be taken for a damaged one: a repair would drop it
                 raise
-            raise errors.CorruptFileError(f"{self.path} is damaged: {error}") from error
+            raise errors.CorruptFileError(Problem.DAMAGED, self.path, error) from error
         except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
-            raise errors.CorruptFileError(f"{self.path} is damaged: {error}") from error
+            raise errors.CorruptFileError(Problem.DAMAGED, self.path, error) from error
 
 
 @contextlib.contextmanager
@@ -421,7 +414,7 @@ def open_entry(
             else:  # one request instead of one for each piece; on a disk Arrow's reader threads cost more than the rest
                 source = stack.enter_context(pa.BufferReader(storage.read_bytes(entry.path)))
         except FileNotFoundError as error:
-            raise errors.CorruptFileError(f"{path} is missing") from error
+            raise errors.CorruptFileError(Problem.MISSING, path) from error
         source.seek(0, io.SEEK_END)
         _check_size(path, source.tell(), entry)
         source.seek(0)
@@ -430,9 +423,9 @@ def open_entry(
         except errors.SpecMismatchError as error:
             if entry.info_digest != info.digest:
                 raise
-            raise errors.CorruptFileError(f"{path} is damaged: {error}") from error
+            raise errors.CorruptFileError(Problem.DAMAGED, path, error) from error
         if file.num_rows != entry.rows:
-            raise errors.CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
+            raise errors.CorruptFileError(Problem.WRONG_ROW_COUNT, path, file.num_rows, entry.rows)
         yield file
 
 
@@ -445,12 +438,12 @@ def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view:
     path = storage.full(entry.path)
     _check_size(path, storage.read_into(entry.path, view), entry)
     if digest_of(view, check) != getattr(entry, check):
-        raise errors.CorruptFileError(damaged_message(path, check))
+        raise errors.CorruptFileError(Problem.DIGEST_DIFFERS, path, check)
 
 
 def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
     if size_bytes != entry.bytes:
-        raise errors.CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
+        raise errors.CorruptFileError(Problem.WRONG_SIZE, path, size_bytes, entry.bytes)
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:
@@ -460,20 +453,15 @@ def info_in(data: bytes, path: str) -> StoreInfo:
         kind = StoreInfo.model_validate_json(metadata[_INFO])
         return StoreInfo.model_validate(kind.model_dump() | {"store_id": metadata[_STORE_ID].decode()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
-        raise errors.CorruptFileError(f"{path} is damaged: {error}") from error
+        raise errors.CorruptFileError(Problem.DAMAGED, path, error) from error
 
 
 def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
     """Read a whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
     data = storage.read_bytes(path)
     if digest_of(data, algorithm) != expected:
-        raise errors.CorruptFileError(damaged_message(storage.full(path), algorithm))
+        raise errors.CorruptFileError(Problem.DIGEST_DIFFERS, storage.full(path), algorithm)
     return data
-
-
-def damaged_message(path: str, algorithm: Digest) -> str:
-    """Return the message for a file whose digest differs from the committed one."""
-    return f"{path} is damaged: its {algorithm} is not the one in the manifest"
 
 
 def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:

@@ -18,6 +18,7 @@ from featurestore.format import datafile
 from featurestore.format.codec import Codec, Moments
 from featurestore.format.datafile import DELETED, FEATURE, KEY, URI, check_collisions
 from featurestore.keys import AnyArray, BoolArray, Int64Array, shard_of_hash, splitmix64
+from featurestore.problems import Problem
 from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.storage.storage import Storage, cached_property, digest_of
 
@@ -46,7 +47,7 @@ def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
     try:
         data = datafile.read_verified(storage, entry.statistics_path, "sha256", entry.statistics_sha256)
     except FileNotFoundError as error:
-        raise CorruptFileError(f"{storage.full(entry.statistics_path)} is missing") from error
+        raise CorruptFileError(Problem.MISSING, storage.full(entry.statistics_path)) from error
     return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
 
 
@@ -188,7 +189,7 @@ class ShardReader:
                 # What decided which rows live was read without the file's digest.
                 same = np.array_equal(keys_K, keys_N[here])
                 if not same or not np.array_equal(datafile.numpy_column(table, DELETED), deleted_N[here]):
-                    raise CorruptFileError(f"{file.path} changed while it was read: run crossmedia store verify")
+                    raise CorruptFileError(Problem.CHANGED_WHILE_READ, file.path)
                 block_place_K = place_K[start : start + len(table)]
                 start += len(table)
                 live_K = block_place_K >= 0
@@ -313,9 +314,9 @@ def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: datafi
         else:
             found = digest_of(storage, path, hashlib.sha256 if algorithm == "sha256" else xxhash.xxh3_128)
     except FileNotFoundError as error:
-        raise CorruptFileError(f"{storage.full(path)} is missing") from error
+        raise CorruptFileError(Problem.MISSING, storage.full(path)) from error
     if found != expected:
-        raise CorruptFileError(datafile.damaged_message(storage.full(path), algorithm))
+        raise CorruptFileError(Problem.DIGEST_DIFFERS, storage.full(path), algorithm)
 
 
 class _WrittenRows:
@@ -332,7 +333,7 @@ class _WrittenRows:
         hash_K = splitmix64(keys_K)
         strays = keys_K[shard_of_hash(hash_K, self.info.num_shards) != self.shard]
         if len(strays):
-            raise InvalidRowsError(f"key {strays[0]} and {len(strays) - 1} more do not belong to shard {self.shard}")
+            raise InvalidRowsError(Problem.STRAY_KEYS, strays[0], len(strays) - 1, self.shard)
         assert len(block) == 0 or int(hash_K[0]) > self._last_hash, "blocks out of order"
         assert bool((hash_K[1:] > hash_K[:-1]).all()), "rows out of order"
         features_KD = datafile.matrix_of(block, self.info)
@@ -372,7 +373,7 @@ def live_schema(info: StoreInfo, columns: Sequence[str] | None = None, decode: b
     names = LIVE_COLUMNS if columns is None else list(columns)
     unknown = [name for name in names if name not in LIVE_COLUMNS]
     if unknown or not names or len(set(names)) != len(names):
-        raise ValueError(f"columns={names}: choose from {', '.join(LIVE_COLUMNS)}, each once, one at least")
+        raise ValueError(Problem.UNKNOWN_COLUMNS.of(names, ", ".join(LIVE_COLUMNS)))
     fields = {field.name: field for field in datafile.schema_of(info)}
     if decode:
         fields[FEATURE] = pa.field(FEATURE, pa.list_(pa.float32(), info.dim), nullable=False)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from featurestore.problems import Problem
+
 VARIABLE = "CROSSMEDIA_COMPUTE_DTYPE"
 AutoDType = Literal["bfloat16", "float32"]
 ComputeDType = Literal[AutoDType, "float64"]
@@ -23,7 +25,7 @@ def dtype_of_environment() -> AutoDType | None:
     for dtype in get_args(AutoDType):
         if named == dtype:
             return dtype  # type: ignore[no-any-return]
-    raise ValueError(f"{VARIABLE}={named} is neither {' nor '.join(get_args(AutoDType))}; correct it, or unset it")
+    raise ValueError(Problem.UNKNOWN_DTYPE.of(VARIABLE, named, " nor ".join(get_args(AutoDType))))
 
 
 def dtype_of_machine(device_type: str | None = None) -> AutoDType:

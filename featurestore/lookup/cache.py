@@ -41,6 +41,7 @@ from featurestore.format.codec import read_npy
 from featurestore.format.datafile import FileMemory
 from featurestore.format.shard import RowBlock, ShardReader
 from featurestore.keys import AnyArray, Int64Array, UInt64Array, shard_of_hash, splitmix64
+from featurestore.problems import Problem
 from featurestore.storage.local import TEMPORARY, claim, is_private, open_private, open_regular
 from featurestore.storage.storage import Progress, in_threads
 
@@ -90,7 +91,7 @@ def default_cache_dir() -> Path:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        raise StorageError("this user has no home folder, and no place for a cache: set XDG_CACHE_HOME") from None
+        raise StorageError(Problem.NO_HOME_FOLDER) from None
     return folder / "crossmedia" / "features"
 
 
@@ -131,7 +132,7 @@ def _open_or_build(reader: ShardReader, folder: Path, memory: FileMemory) -> Cac
     try:
         return _open(reader, paths) or _build(reader, paths, memory)
     except OSError as error:
-        raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
+        raise StorageError(Problem.CANNOT_USE_CACHE, folder, error) from error
 
 
 def _paths(reader: ShardReader, folder: Path) -> _Paths:
@@ -271,10 +272,7 @@ def _appearing(path: Path) -> Iterator[io.FileIO]:
 def _check_order(hash_M: UInt64Array, reader: ShardReader) -> None:
     in_order = bool((hash_M[1:] > hash_M[:-1]).all())
     if not in_order or not bool((shard_of_hash(hash_M, reader.info.num_shards) == reader.shard).all()):
-        raise CorruptFileError(
-            f"the files of shard {reader.shard} of {reader.storage.url} are out of order or hold keys of other shards:"
-            " run crossmedia store verify"
-        )
+        raise CorruptFileError(Problem.SHARD_OUT_OF_ORDER, reader.shard, reader.storage.url)
 
 
 def digest_of_file(path: Path) -> str:

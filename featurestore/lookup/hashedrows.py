@@ -14,8 +14,9 @@ from featurestore.errors import FeatureStoreError, MissingKeysError
 from featurestore.keys import AnyArray, BoolArray, HashIndex, Int64Array, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard
 from featurestore.lookup.rowfiles import RowFiles, output_for
+from featurestore.problems import Problem
 from featurestore.spec import MissingPolicy, StoreInfo
-from featurestore.store import Snapshot, SnapshotId, missing_message
+from featurestore.store import Snapshot, SnapshotId, missing_keys
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class HashedRows:
     def _noted(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, BoolArray, Int64Array]:
         """Do what `_find` does; count or raise the missing."""
         if self._closed:
-            raise FeatureStoreError("the partition is closed")
+            raise FeatureStoreError(Problem.PARTITION_CLOSED)
         found = self._find(keys_U)
         if found[1].any():
             self._note_missing(np.asarray(keys_U), found[1])
@@ -135,13 +136,10 @@ class HashedRows:
         strange_U = ~self._owned_S[shard_U]
         if strange_U.any():
             key, shard = keys_U.reshape(-1)[strange_U][0], shard_U[strange_U][0]
-            raise MissingKeysError(
-                f"{int(strange_U.sum())} of the keys asked belong to shards that {self._owner} does not own: key {key}"
-                f" belongs to shard {shard}. Ask the owner (featurestore.keys.owner_of)."
-            )
+            raise MissingKeysError(Problem.SHARD_NOT_OWNED, int(strange_U.sum()), self._owner, key, shard)
 
     def _note_missing(self, keys_U: Int64Array, missing_U: BoolArray) -> None:
         if self.missing_policy == "error":
-            raise MissingKeysError(missing_message(keys_U.reshape(-1)[missing_U], self._where))
+            raise missing_keys(keys_U.reshape(-1)[missing_U], self._where)
         with self._lock:
             self.missing_count += int(missing_U.sum())

@@ -15,6 +15,7 @@ from featurestore.errors import StorageError
 from featurestore.keys import AnyArray, BoolArray, Int64Array, owned_shards, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import default_cache_dir, open_or_build
 from featurestore.lookup.hashedrows import HashedRows
+from featurestore.problems import Problem
 from featurestore.published.versions import VersionName
 from featurestore.spec import MissingPolicy
 from featurestore.storage.storage import Progress
@@ -50,9 +51,9 @@ class FeaturePartition(HashedRows):
         (`featurestore.lookup.cache`). Raises as opening a store does, and CorruptFileError for a damaged data file.
         """
         if not 0 <= rank < num_ranks:
-            raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")
+            raise ValueError(Problem.RANK_TOO_HIGH.of(rank, num_ranks))
         if missing not in get_args(MissingPolicy):
-            raise ValueError(f"missing={missing!r} is none of {', '.join(get_args(MissingPolicy))}")
+            raise ValueError(Problem.UNKNOWN_POLICY.of(missing, ", ".join(get_args(MissingPolicy))))
         store = store_or_url if isinstance(store_or_url, FeatureStore) else FeatureStore.open(store_or_url)
         snapshot = store.snapshot(version)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -64,7 +65,7 @@ class FeaturePartition(HashedRows):
         try:
             return cls(snapshot, held, cached, missing, threads or max(1, min(_MAX_THREADS, cores // 2)), owner)
         except OSError as error:
-            raise StorageError(f"cannot map the cache files in {folder}: {error}") from error
+            raise StorageError(Problem.CANNOT_MAP_CACHE, folder, error) from error
 
     def __enter__(self) -> "FeaturePartition":
         return self
@@ -90,7 +91,7 @@ class FeaturePartition(HashedRows):
         What is a score worth without images? Needs the policy zeros or learned; ValueError.
         """
         if hidden and self.missing_policy == "error":
-            raise ValueError("images can be hidden under missing=zeros or learned, not under error")
+            raise ValueError(Problem.CANNOT_HIDE_IMAGES.of())
         self._is_hidden = hidden
 
     def rows(self, block_rows: int) -> Iterator[AnyArray]:

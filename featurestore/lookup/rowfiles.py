@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.keys import AnyArray, Int64Array
+from featurestore.problems import Problem
 from featurestore.spec import StoreInfo
 
 _TOUCHED_BYTES = 1024  # rows narrower than this are copied a third faster without `_touch_and_take`
@@ -80,7 +81,7 @@ def output_for(info: StoreInfo, count: int, out: AnyArray | None) -> AnyArray:
         return np.empty(shape, info.storage_dtype)
     if out.shape != shape or out.dtype != info.storage_dtype or not out.flags.carray:
         wanted = f"{shape} {info.storage_dtype}, contiguous and writable"
-        raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
+        raise ValueError(Problem.OUT_DOES_NOT_FIT.of(out.shape, out.dtype, wanted))
     return out
 
 

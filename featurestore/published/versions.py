@@ -23,6 +23,7 @@ from pydantic import Field
 from featurestore import spec
 from featurestore.errors import ChannelError, CommitConflictError, CorruptFileError, StorageError
 from featurestore.log import CHANNELS, manifest_path, versions, writer_name
+from featurestore.problems import Problem
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.remote import Names
 from featurestore.storage.storage import Entries, Storage
@@ -99,7 +100,7 @@ class PublishedFiles(Storage):
         return self._plain.open_input(self._place(path))
 
     def _refuse(self, path: Any, *_: Any) -> NoReturn:
-        raise StorageError(f"{self.url}, {path}: version {self.published.version} is published and never changes")
+        raise StorageError(Problem.ALREADY_PUBLISHED, self.url, path, self.published.version)
 
     create_exclusive = write_bytes = open_output = delete = delete_files = _refuse  # type: ignore[assignment]
 
@@ -107,7 +108,7 @@ class PublishedFiles(Storage):
         try:
             return self.published.files[path].path
         except KeyError:
-            raise FileNotFoundError(f"{self.url}, version {self.published.version}, has no file {path}") from None
+            raise FileNotFoundError(Problem.NO_SUCH_FILE.of(self.url, self.published.version, path)) from None
 
 
 def open_published(url: str | os.PathLike[str]) -> Storage:
@@ -123,7 +124,7 @@ def open_published(url: str | os.PathLike[str]) -> Storage:
         known = versions(storage, VERSIONS)
         with contextlib.suppress(FileNotFoundError):  # replaced and expired since it was listed
             return PublishedFiles(storage.url, read_version(storage, known[-1])) if known else storage
-    raise StorageError(f"versions of {storage.url} are listed but missing, {_MAX_LISTINGS} times in a row")
+    raise StorageError(Problem.VERSIONS_VANISHED, storage.url, _MAX_LISTINGS)
 
 
 def read_version(storage: Storage, version: int) -> PublishedVersion:
@@ -168,7 +169,7 @@ def publish(
     published.
     """
     if gone := missing(storage, files.values()):
-        raise CommitConflictError(f"{storage.full(gone[0])} was removed before it was published; run it again")
+        raise CommitConflictError(Problem.REMOVED_BEFORE_PUBLISHED, storage.full(gone[0]))
     writer, now_s, nonce = writer_name(), time.time(), publication or uuid.uuid4().hex
     named = dict(sorted(files.items()))
 
@@ -251,10 +252,7 @@ def append_numbered(
     for _ in range(_MAX_ATTEMPTS):
         highest = max(versions(storage, folder), default=0)
         if after is not None and highest != after:
-            raise CommitConflictError(
-                f"another writer was first: {storage.full(folder)} has number {highest} by now, and not {after}; run it"
-                " again"
-            )
+            raise CommitConflictError(Problem.ANOTHER_PUBLISHED_FIRST, storage.full(folder), highest, after)
         mine = model_of(highest + 1)
         path, data = manifest_path(highest + 1, folder), spec.seal(mine)  # like no other's; a NaN would become null
         if storage.create_or_read(path, data) == data:
@@ -262,11 +260,8 @@ def append_numbered(
                 return mine
             storage.delete(path)
             if names_files:
-                raise CommitConflictError(
-                    f"{storage.full(path)} had been removed as this process was away, perhaps with its files; run it"
-                    " again"
-                )
-    raise CommitConflictError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")
+                raise CommitConflictError(Problem.REMOVED_MEANWHILE, storage.full(path))
+    raise CommitConflictError(Problem.OTHERS_PUBLISHED_FIRST, _MAX_ATTEMPTS, storage.url)
 
 
 def _is_late(storage: Storage, folder: str, path: str) -> bool:
@@ -281,10 +276,6 @@ VersionName = int | str
 _CHANNEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 # Words that YAML or a user would take for something else.
 _OTHERWISE = {"newest", "latest", "none", "null", "true", "false", "yes", "no", "on", "off", "inf", "nan", "y", "n"}
-CHANNEL_RULE = (
-    "{name!r} is not the name of a channel: a letter first, then letters, digits, '.', '_' and '-', up to 64 in all;"
-    f" and not a word that means something else ({', '.join(sorted(_OTHERWISE))})"
-)
 
 
 class ChannelMove(spec.Sealed):
@@ -308,7 +299,7 @@ def is_channel_name(name: str) -> bool:
 def check_channel_name(name: str) -> str:
     """Return the name. Raises ChannelError where no channel may have it."""
     if not is_channel_name(name):
-        raise ChannelError(CHANNEL_RULE.format(name=name))
+        raise ChannelError(Problem.NOT_A_CHANNEL_NAME, name, ", ".join(sorted(_OTHERWISE)))
     return name
 
 
@@ -317,7 +308,7 @@ def version_name(text: str) -> VersionName:
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
     if not is_channel_name(text):
-        raise ValueError(f"{text!r} is neither the number of a snapshot nor the name of a channel")
+        raise ValueError(Problem.NOT_A_VERSION.of(text))
     return text
 
 
@@ -343,7 +334,7 @@ def find_channel(storage: Storage, name: str) -> ChannelMove:
     move = last_move(storage, check_channel_name(name))
     if move is None or move.version is None:
         known = ", ".join(each.channel for each in read_channels(storage)) or "none"
-        raise ChannelError(f"{storage.url} has no channel {name!r}; it has {known}")
+        raise ChannelError(Problem.NO_CHANNEL, storage.url, name, known)
     return move
 
 
@@ -379,9 +370,9 @@ def _read_move(storage: Storage, name: str, number: int) -> ChannelMove:
     try:
         move = spec.read_sealed(storage, path, ChannelMove)
     except FileNotFoundError as error:
-        raise CorruptFileError(f"{storage.full(path)} is missing: {way_out}") from error
+        raise CorruptFileError(Problem.MISSING_UNTIL_MENDED, storage.full(path), way_out) from error
     except CorruptFileError as error:
-        raise CorruptFileError(f"{error}: {way_out}") from error
+        raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, error, way_out) from error
     if (move.channel, move.number) != (name, number):
-        raise CorruptFileError(f"{storage.full(path)} is move {move.number} of channel {move.channel!r}: {way_out}")
+        raise CorruptFileError(Problem.ANOTHER_MOVE, storage.full(path), move.number, move.channel, way_out)
     return move

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from featurestore.errors import CorruptFileError, StorageError
+from featurestore.problems import Problem
 
 TEMPORARY = ".tmp-"  # how names of files begin that are not complete
 
@@ -59,10 +60,7 @@ class DiskFiles:
             if os.path.islink(step):  # noqa: PTH114 - many times a second; of a Path it costs twice as much
                 target = Path(os.path.realpath(step))  # not Path.resolve, which raises for a circle on Python 3.11
                 if not target.is_relative_to(os.path.realpath(self._root)) or not target.exists():
-                    raise CorruptFileError(
-                        f"{place} is not in {self._root}: {step} is a link that leads to {target}. All files have to be"
-                        " in the folder itself: replace the link by the file it leads to, or remove it"
-                    )
+                    raise CorruptFileError(Problem.LINK_LEADS_OUT, place, self._root, step, target)
 
     def read_bytes(self, path: str) -> bytes:
         return read_regular(self.path(path))
@@ -210,7 +208,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def _check_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise IrregularFileError(errno.EINVAL, "not a regular file (pipe, socket or device)")
+        raise IrregularFileError(errno.EINVAL, Problem.NOT_REGULAR.of())
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -226,12 +224,9 @@ def claim(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except OSError as error:
-        raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
+        raise StorageError(Problem.CANNOT_USE_CACHE, folder, error) from error
     if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
-        raise StorageError(
-            f"other users can write into the cache folder {folder}, and put any rows into it: choose another"
-            " data.cache_dir, or make it yours alone by chown and chmod 700"
-        )
+        raise StorageError(Problem.OTHERS_CAN_WRITE, folder)
 
 
 def is_private(found: os.stat_result) -> bool:

@@ -20,6 +20,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError, UnsafeBackendError
+from featurestore.problems import Problem
 from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.text import one_line, without_passwords
 
@@ -80,10 +81,7 @@ def check_password(address: str, name: str = "") -> None:
     """Raise PasswordError where an address has one; `name`: of the variable that has the address."""
     hidden = without_passwords(address)
     if hidden != address:
-        raise PasswordError(
-            f"{name}{hidden} has a password, which logs and reports would show: give the address without it, and "
-            "credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in the file of AWS_SHARED_CREDENTIALS_FILE"
-        )
+        raise PasswordError(Problem.PASSWORD_IN_ADDRESS, name, hidden)
 
 
 def check_endpoint() -> None:
@@ -147,11 +145,7 @@ class RemoteFiles:
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Do one conditional put; the answer may be lost, or be about one's own file."""
         if _looks_before_it_creates(self.client):
-            raise UnsafeBackendError(
-                f"{self._protocol}:// has no create that fails where the file exists, as its client only looks whether "
-                "there is one before it writes, so commits could be lost: write to a disk or to S3, and copy the "
-                "folder; what was copied there can be read"
-            )
+            raise UnsafeBackendError(Problem.NO_ATOMIC_CREATE, self._protocol)
         # fsspec's memory files have no atomic create of their own.
         guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
 
@@ -241,7 +235,7 @@ class RemoteFiles:
         if not self._http_server:
             return with_retries(work)
         if time.monotonic() < _unreached_until_s.get(self._http_server, 0.0):
-            raise StorageError(f"{self._http_server} was not reached a moment ago; it is not asked again so soon")
+            raise StorageError(Problem.NOT_REACHED, self._http_server)
         try:
             return with_retries(work, patience_s=HTTP_PATIENCE_S)
         except RetriesExhaustedError as failure:
@@ -388,7 +382,7 @@ def _client(protocol: str, place: str) -> Any:
                 else:
                     _clients[key] = fsspec.filesystem(protocol, **options)
             except (TypeError, ValueError, ImportError) as error:  # TypeError: the client lacks a setting
-                raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
+                raise AddressError(Problem.CANNOT_OPEN, protocol, error) from error
         return _clients[key]
 
 
@@ -409,7 +403,7 @@ def _options_in(protocol: str, place: str) -> dict[str, Any]:
     try:
         return dict(fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(f"{protocol}://{place}"))
     except (ValueError, ImportError) as error:
-        raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
+        raise AddressError(Problem.CANNOT_OPEN, protocol, error) from error
 
 
 def _looks_before_it_creates(client: Any) -> bool:
@@ -440,7 +434,7 @@ os.register_at_fork(after_in_child=_forget_clients)
 def _entry(path: str, found: Mapping[str, Any]) -> StorageEntry:
     tag = found.get("ETag") or found.get("etag") or ""
     if found["size"] is None:
-        raise StorageError(f"the server does not say the size of {found['name']}")
+        raise StorageError(Problem.SIZE_UNKNOWN, found["name"])
     return StorageEntry(path, int(found["size"]), _time_of(found), str(tag).strip('"'))
 
 
@@ -456,7 +450,7 @@ def _time_of(found: Mapping[str, Any]) -> float:
         return moment.timestamp()
     if isinstance(moment, int | float):
         return float(moment)
-    raise StorageError(f"the storage gives no time of {found.get('name')}: ages of files cannot be known there")
+    raise StorageError(Problem.TIME_UNKNOWN, found.get("name"))
 
 
 S3_PROTOCOLS, HTTP_PROTOCOLS = ("s3", "s3a"), ("http", "https")
@@ -470,18 +464,15 @@ def check_address(address: str) -> None:
     """
     if address.startswith("hdfs:///"):
         path = address.removeprefix("hdfs:///")
-        raise AddressError(
-            f"{address} has no server: write hdfs://HOST:PORT/{path}, or hdfs://default/{path} for the server that"
-            " Hadoop's configuration names"
-        )
+        raise AddressError(Problem.ADDRESS_WITHOUT_SERVER, address, path)
     match = _S3.fullmatch(address)
     if match is None:
         return
     scheme, bucket = match[1], match[2]
     if not bucket:
-        raise AddressError(f"{address} has no bucket: write s3://BUCKET/...; is a variable in it not set?")
+        raise AddressError(Problem.ADDRESS_WITHOUT_BUCKET, address)
     if scheme not in S3_PROTOCOLS:
-        raise AddressError(f"{address}: {scheme}:// is not known; write {scheme.lower()}://")
+        raise AddressError(Problem.UNKNOWN_SCHEME, address, scheme, scheme.lower())
 
 
 def leads_out(path: str) -> bool:
@@ -495,4 +486,4 @@ def leads_out(path: str) -> bool:
 def check_below(path: str, place: str, writing: bool) -> None:
     """Raise StorageError where a path is not below its place; `writing`: where it is the place itself as well."""
     if leads_out(path) or (writing and not path):
-        raise StorageError(f"{path!r} is not a path below {place}: nothing is {'changed' if writing else 'read'} there")
+        raise StorageError(Problem.NOT_BELOW, path, place, "changed" if writing else "read")

@@ -19,6 +19,7 @@ from statistics import median
 from typing import NamedTuple
 
 from featurestore.errors import StorageError, UnsafeBackendError
+from featurestore.problems import Problem
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Progress, Storage
 
@@ -73,10 +74,7 @@ def refuse_unsafe(storage: Storage) -> None:
     """Check in short, for the first write to a new place. Raises UnsafeBackendError, StorageError."""
     problems = check_backend(storage, num_writers=_SHORT_WRITERS, num_rounds=_SHORT_ROUNDS, large_bytes=0).problems
     if problems:
-        raise UnsafeBackendError(
-            f"{storage.url} cannot hold a store, as commits could be lost there: {'; '.join(problems)}. Use a disk or"
-            " a server whose conditional put is atomic; `crossmedia store check-backend URL` tries it at length"
-        )
+        raise UnsafeBackendError(Problem.UNSAFE_BACKEND, storage.url, "; ".join(problems))
 
 
 @contextlib.contextmanager
@@ -100,18 +98,18 @@ def _sequential_problems(storage: Storage, folder: str) -> list[str]:
         if not holds:
             problems.append(otherwise)
 
-    expect(storage.create_exclusive(path, b"one"), "the exclusive create of a new file says that it exists")
-    expect(_read(storage, path) == b"one", "a file cannot be read right after it was created")
-    expect(storage.list(folder) == ["first"], "a listing does not show a file that was just created")
+    expect(storage.create_exclusive(path, b"one"), Problem.NEW_FILE_EXISTS.of())
+    expect(_read(storage, path) == b"one", Problem.NEW_FILE_UNREAD.of())
+    expect(storage.list(folder) == ["first"], Problem.NEW_FILE_UNLISTED.of())
     taken = not storage.create_exclusive(path, b"two")
     kept = _read(storage, path) == b"one"
-    expect(kept, "the exclusive create of a file that exists overwrites it: the condition (If-None-Match) is ignored")
-    expect(taken or not kept, "the exclusive create of a file that exists says that it made it")
+    expect(kept, Problem.CONDITION_IGNORED.of())
+    expect(taken or not kept, Problem.CREATE_ANSWERS_WRONG.of())
     storage.write_bytes(path, b"three")
-    expect(_read(storage, path) == b"three", "a file that was replaced still reads as before")
+    expect(_read(storage, path) == b"three", Problem.OLD_CONTENT_READ.of())
     storage.delete(path)
-    expect(_read(storage, path) is None and storage.list(folder) == [], "a deleted file is still read or listed")
-    expect(storage.create_exclusive(path, b"four"), "a deleted name cannot be created again")
+    expect(_read(storage, path) is None and storage.list(folder) == [], Problem.DELETED_FILE_SEEN.of())
+    expect(storage.create_exclusive(path, b"four"), Problem.DELETED_NAME_KEPT.of())
     return problems
 
 
@@ -153,11 +151,9 @@ def _race(
             progress(number + 1, num_rounds)
     problems = []
     if several:
-        problems.append(
-            f"in {several} of {num_rounds} races several of {num_writers} writers got the answer that they won"
-        )
+        problems.append(Problem.SEVERAL_WON.of(several, num_rounds, num_writers))
     if changed:
-        problems.append(f"in {changed} of {num_rounds} races a file changed or was gone after its creation")
+        problems.append(Problem.CHANGED_AFTER_CREATION.of(changed, num_rounds))
     create_s = median(seconds) if seconds else 0.0
     return BackendReport(tuple(problems), num_rounds, overlapping, num_writers, create_s)
 

@@ -19,6 +19,7 @@ from typing import IO, Any, Generic, Self, TypeVar, overload
 import xxhash
 
 from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, NotAFolderError, StorageError
+from featurestore.problems import Problem
 from featurestore.storage import remote
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.text import refusal
@@ -78,11 +79,11 @@ class Storage:
                     self._remote.list("")
             except FileNotFoundError as error:
                 if remote.lacks_bucket(error):
-                    raise BucketNotFoundError(f"{self.url}: {self._no_bucket}") from error
+                    raise BucketNotFoundError(Problem.NO_BUCKET, "use", self.url, self._bucket) from error
 
     @property
-    def _no_bucket(self) -> str:
-        return f"the object store has no bucket {self._root.lstrip('/').split('/')[0]}"
+    def _bucket(self) -> str:
+        return self._root.lstrip("/").split("/")[0]
 
     def full(self, path: str) -> str:
         """Return the address of `path`, for messages and for other tools."""
@@ -139,7 +140,7 @@ class Storage:
             except FileNotFoundError:
                 if failure is not None:
                     raise failure from failure.__cause__
-                raise StorageError(f"{self.full(path)} vanished after it was created") from None
+                raise StorageError(Problem.VANISHED, self.full(path)) from None
 
         try:
             if self.is_local:
@@ -190,7 +191,7 @@ class Storage:
                 continue
             finally:
                 self.delete_files([probe])
-        raise StorageError(f"a file written to {self.url} is gone at once, {_MAX_PROBES} times in a row")
+        raise StorageError(Problem.PROBE_VANISHED, self.url, _MAX_PROBES)
 
     def entry(self, path: str) -> StorageEntry:
         """Look up size and time of one file. Raises FileNotFoundError where there is none."""
@@ -251,35 +252,33 @@ class Storage:
         try:
             yield
         except remote.RetriesExhaustedError as error:
-            reason = f"{remote.reason_of(error.last)} (tried {error.tries} times)"
-            raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error.last
+            reason = remote.reason_of(error.last)
+            raise StorageError(Problem.REFUSED_OFTEN, action, self.full(path), reason, error.tries) from error.last
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, AddressError | StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing
             ):
                 raise
             if remote.lacks_bucket(error):
-                raise BucketNotFoundError(f"cannot {action} {self.full(path)}: {self._no_bucket}") from error
+                raise BucketNotFoundError(Problem.NO_BUCKET, action, self.full(path), self._bucket) from error
             if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
-                raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
+                raise CorruptFileError(Problem.DISK_CANNOT_READ, self.full(path), error) from error
             if self._keep_inside and isinstance(error, IsADirectoryError) and not writing:
-                raise CorruptFileError(
-                    f"{self.full(path)} is a folder, but a file belongs there: move it away"
-                ) from error
+                raise CorruptFileError(Problem.FOLDER_NOT_FILE, self.full(path)) from error
             if self.is_local:
                 raise self._disk_error(action, path, error) from error
             reason = remote.reason_of(error)
             if isinstance(error, PermissionError):
-                reason = f"{reason.removesuffix('.')}; are the credentials right?"
-            raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error
+                raise StorageError(Problem.NO_PERMISSION, action, self.full(path), reason.removesuffix(".")) from error
+            raise StorageError(Problem.REFUSED, action, self.full(path), reason) from error
 
     def _disk_error(self, action: str, path: str, error: Exception) -> StorageError:
         full = Path(self.full(path))
         if isinstance(error, NotADirectoryError | FileExistsError):
             file = next((part for part in reversed(full.parents) if part.exists() and not part.is_dir()), full)
-            return NotAFolderError(f"{file} is a file: a folder is needed here")
+            return NotAFolderError(Problem.FILE_NOT_FOLDER, file)
         reason = refusal(error) if isinstance(error, OSError) else remote.reason_of(error)
-        return StorageError(f"cannot {action} {full}: {reason}")
+        return StorageError(Problem.REFUSED, action, full, reason)
 
 
 class _RangeReader(io.RawIOBase):
@@ -322,7 +321,7 @@ def file_at(address: str) -> tuple[Storage, str]:
     """Split the address of a file into its folder and its name there. Raises AddressError where it has no folder."""
     folder, slash, name = address.rpartition("/")
     if "://" in address and "://" not in folder:  # else a folder of this machine: "foo:"
-        raise AddressError(f"{address} is not the address of a file: write it as s3://BUCKET/FOLDER/{name or 'FILE'}")
+        raise AddressError(Problem.NOT_A_FILE_ADDRESS, address, name or "FILE")
     return Storage(folder or slash or "."), name
 
 

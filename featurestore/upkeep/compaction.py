@@ -15,6 +15,7 @@ from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.format.datafile import DataFile, open_entry, row_group_rows, schema_of
 from featurestore.format.shard import ShardReader, check_digest, take_rows, write_shard_file
 from featurestore.keys import Int64Array
+from featurestore.problems import Problem
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.storage.storage import Progress, in_threads
 from featurestore.store import FeatureStore, Snapshot
@@ -167,7 +168,7 @@ class _RowSource:
     def take(self, rows_K: Int64Array) -> pa.Table:
         """Return rows by their numbers, which continue where the last call ended."""
         if rows_K[0] < self._next or (rows_K[1:] <= rows_K[:-1]).any():
-            raise CorruptFileError(f"{self._path} is not in the order of splitmix64: run crossmedia store verify")
+            raise CorruptFileError(Problem.NOT_IN_ORDER, self._path)
         self._next = int(rows_K[-1]) + 1
         pieces = []
         while len(rows_K):

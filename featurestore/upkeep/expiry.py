@@ -16,6 +16,7 @@ from itertools import pairwise
 from featurestore import log
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.codec import BASES
+from featurestore.problems import Problem
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
@@ -67,7 +68,7 @@ def expire(
     """
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
-            raise ValueError(f"{name}={value} is less than 0")
+            raise ValueError(Problem.NEGATIVE.of(name, value))
     return _Expiry(store, keep_last, keep_days * _DAY_S, grace_days * _DAY_S, dry_run).run(progress)
 
 
@@ -215,12 +216,9 @@ class _Expiry:
             manifest = log.find(self.storage, version, folders)
         except CorruptFileError as error:
             way_out = f"crossmedia store repair {self.store.url}, then run expire again"
-            raise CorruptFileError(f"{error}; {way_out}") from error
+            raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, error, way_out) from error
         if manifest is None:
-            raise StorageError(
-                f"the manifest of snapshot {version} of {self.store.url} was removed just now, so its files are not"
-                " known any more: run expire again when no repair and no other expire runs"
-            )
+            raise StorageError(Problem.MANIFEST_REMOVED, version, self.store.url)
         statistics = {e.statistics_path: 0 for e in manifest.entries if e.statistics_path is not None}
         return {entry.path: entry.bytes for entry in manifest.entries} | statistics
 

@@ -20,6 +20,7 @@ from featurestore import log as manifests
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.format import datafile
 from featurestore.keys import BoolArray, Int64Array
+from featurestore.problems import Problem
 from featurestore.published import versions
 from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Progress, Storage, in_threads
@@ -200,7 +201,6 @@ def _rows(table: pa.Table) -> NamedRows:
 PINS = manifests.PINS
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-PIN_NAME_RULE = "{name!r} is not the name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
 
 
 class Pin(Sealed):
@@ -225,18 +225,18 @@ def pin(store: FeatureStore, name: str, version: versions.VersionName | None = N
     path, storage = _path(name), store.storage
     wanted = store.snapshot(version).version
     if wanted == 0:
-        raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
+        raise SnapshotNotFoundError(Problem.NOTHING_TO_PIN, store.url)
     mine = Pin(name=name, version=wanted, writer=manifests.writer_name(), time_s=time.time())
     kept = create_sealed(storage, path, mine)
     if kept.version != wanted:
-        raise PinError(f"{name!r} keeps snapshot {kept.version} already: unpin it first, or take another name")
+        raise PinError(Problem.NAME_TAKEN, name, kept.version)
     # `expire` puts a copy aside before it looks at the pins for the last time: one of the two sees the other.
     if not _is_there(storage, manifests.manifest_path(wanted)) or _is_there(
         storage, manifests.manifest_path(wanted, manifests.EXPIRED)
     ):
         if kept == mine:
             storage.delete(path)
-        raise SnapshotNotFoundError(f"snapshot {wanted} of {store.url} is expiring just now: pin a newer one")
+        raise SnapshotNotFoundError(Problem.EXPIRING, wanted, store.url)
     return kept
 
 
@@ -245,7 +245,7 @@ def unpin(store: FeatureStore, name: str) -> None:
     path = _path(name)
     if not _is_there(store.storage, path):
         names = [found.removesuffix(_SUFFIX) for found in store.storage.list(PINS)]
-        raise PinError(f"{store.url} has no pin {name!r}; it has {', '.join(names) or 'none'}")
+        raise PinError(Problem.NO_PIN, store.url, name, ", ".join(names) or "none")
     store.storage.delete(path)
 
 
@@ -260,7 +260,7 @@ def read_pins(storage: Storage) -> list[Pin]:
             continue  # unpinned meanwhile
         except CorruptFileError as error:
             way_out = f"crossmedia store unpin {storage.url} {pin_name}, and pin the snapshot again"
-            raise CorruptFileError(f"{error}: {way_out}") from error
+            raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, error, way_out) from error
     return found
 
 
@@ -278,13 +278,13 @@ def read_pin(storage: Storage, name: str) -> Pin:
     path = f"{PINS}/{name}{_SUFFIX}"
     found = read_sealed(storage, path, Pin)
     if found.name != name:
-        raise CorruptFileError(f"{storage.full(path)} is the pin {found.name!r}")
+        raise CorruptFileError(Problem.ANOTHER_PIN, storage.full(path), found.name)
     return found
 
 
 def _path(name: str) -> str:
     if not is_pin_name(name):
-        raise PinError(PIN_NAME_RULE.format(name=name))
+        raise PinError(Problem.NOT_A_PIN_NAME, name)
     return f"{PINS}/{name}{_SUFFIX}"
 
 
@@ -308,7 +308,7 @@ def move_channel(
     versions.check_channel_name(name)
     snapshot = store.snapshot(version)
     if snapshot.version == 0:
-        raise SnapshotNotFoundError(f"{store.url} has no commit that a channel could point to; 0 is the empty store")
+        raise SnapshotNotFoundError(Problem.NOTHING_FOR_CHANNEL, store.url)
     # A pin first: of this and an expiry one sees the other. An expiry reads the pins before the channels, so the
     # snapshot is kept at every moment. A kill in between leaves the pin, which keeps too much rather than too little.
     guard = f"moving-{name}-{uuid.uuid4().hex[:8]}"

@@ -22,6 +22,7 @@ from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileEr
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
 from featurestore.keys import BoolArray, Int64Array, key_of_uri, keys_of_uris
+from featurestore.problems import Problem
 from featurestore.published.versions import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage.local import TEMPORARY, read_text
@@ -230,9 +231,7 @@ class _Purge:
             except CommitConflictError:
                 continue  # another writer was first: start again with its snapshot
         else:
-            raise CommitConflictError(
-                f"other writers committed to {self.store.url} {_ATTEMPTS} times meanwhile: stop them, and run it again"
-            )
+            raise CommitConflictError(Problem.OTHERS_COMMITTED, self.store.url, _ATTEMPTS)
         if not self.dry_run:
             self.report.proof = find_traces(self.storage, self.images, progress)
         return self.report
@@ -274,7 +273,8 @@ class _Purge:
     def _check_readable(self, newest: Manifest, traces: Sequence[Trace]) -> None:
         unread = {trace.path: trace.text for trace in traces if trace.rows is None}
         for path in _paths(newest) & unread.keys():
-            raise CorruptFileError(f"{unread[path]}: crossmedia store repair {self.store.url}, and purge again")
+            way_out = f"crossmedia store repair {self.store.url}, and purge again"
+            raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, unread[path], way_out)
 
     def _moves(self, affected: dict[int, Manifest], newest: Manifest) -> list[ChannelMove]:
         """Find the channels that follow to the new snapshot.
@@ -287,11 +287,7 @@ class _Purge:
         keepers = [f"pin {pin.name} (snapshot {pin.version})" for pin in pins]
         keepers += [f"channel {move.channel} (snapshot {move.version})" for move in moves if move.commit_id not in same]
         if keepers:
-            raise PinError(
-                f"nothing was purged from {self.store.url}, as snapshots that have such rows are kept by"
-                f" {', '.join(keepers)}: unpin the pins, let the channels point to the newest snapshot (a purge moves"
-                " those along), and purge again"
-            )
+            raise PinError(Problem.ROWS_KEPT, self.store.url, ", ".join(keepers))
         return moves
 
     def _commit_again(self, newest: Manifest, bad: set[str]) -> Manifest:
@@ -380,14 +376,14 @@ def read_images(file: Path, named_by: NamedBy | None = None) -> Images:
         names = [line for line in read_text(file).splitlines() if line.strip()]
         named_by = named_by or ("key" if all(map(_WHOLE_NUMBER.fullmatch, names)) else "uri")
         if not names:
-            raise ValueError(f"it has no {named_by}")
+            raise ValueError(Problem.NOTHING_LISTED.of(named_by))
         return Images.of_uris(names) if named_by == "uri" else Images.of_keys(np.array([*map(_key, names)], np.int64))
     except (OSError, ValueError, OverflowError) as error:
         wanted = f"{named_by}s" if named_by else "keys or uris"
-        raise KeyFileError(f"{file} is not a file of {wanted}: {error}") from error
+        raise KeyFileError(Problem.NOT_A_LIST, file, wanted, error) from error
 
 
 def _key(line: str) -> int:
     if not _WHOLE_NUMBER.fullmatch(line):
-        raise ValueError(f"{line[:80]!r} is not a whole number; if these are uris, give them by --uris")
+        raise ValueError(Problem.NOT_WHOLE.of(line[:80]))
     return int(line)

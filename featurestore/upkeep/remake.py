@@ -24,6 +24,7 @@ from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
 from featurestore.keys import AnyArray, Float32Array, Float64Array, FloatArray, Int64Array
+from featurestore.problems import Problem
 from featurestore.published.versions import VersionName
 from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
@@ -93,9 +94,7 @@ def remake(
     made a store at the place meanwhile.
     """
     if dims is not None and source.info.reduction is not None:
-        raise InvalidRowsError(
-            f"{source.url} is compact already, {_described(source.info)}: reduce the store that it was made of"
-        )
+        raise InvalidRowsError(Problem.COMPACT_ALREADY, source.url, _described(source.info))
     storage, snapshot = Storage(target_url, keep_inside=True), source.snapshot(version)
     dtype = dtype or source.info.dtype
     report = _finished(source, snapshot, storage, dims, dtype)
@@ -148,22 +147,23 @@ def _finished(
     Raises StoreExistsError where another store is there, or where the place is that of the source, or inside it.
     """
     if storage.url == source.url:
-        raise StoreExistsError(f"{storage.url} is the source itself: name another place for the new store")
+        raise StoreExistsError(Problem.IS_THE_SOURCE, storage.url)
     if storage.url.startswith(f"{source.url.rstrip('/')}/"):  # what cleans the source up would find it
-        raise StoreExistsError(f"{storage.url} is inside the source: name another place for the new store")
+        raise StoreExistsError(Problem.INSIDE_THE_SOURCE, storage.url)
     try:
         made = FeatureStore.open(storage.url)
     except StoreNotFoundError:
         return None
-    report, first, text = read_report(storage), log.find(storage, 1), ""
+    report, first = read_report(storage), log.find(storage, 1)
     # Where another writer's commit was first, the report is of rows that are not there.
     if report is not None and (first is None or first.commit_id == report.commit_id):
         made_dims = None if report.variance_kept is None else report.dim
         asked = snapshot.manifest.commit_id, dims, dtype
         if asked == (report.source_commit_id, made_dims, report.dtype):
             return report if made.snapshot().version else None  # none if it was killed right before its commit
-        text = f", made of snapshot {report.source_version} of {report.source} as {_described(made.info)}"
-    raise StoreExistsError(f"{storage.url} is a store already{text}: name another place, or remove it")
+        rows = report.source_version, report.source, _described(made.info)
+        raise StoreExistsError(Problem.OTHER_ROWS_IN_THE_WAY, storage.url, *rows)
+    raise StoreExistsError(Problem.STORE_IN_THE_WAY, storage.url)
 
 
 def _write_shards(
@@ -192,9 +192,7 @@ def _encoded_blocks(
         bits, storable_N = codec.encode_storable(values_ND if basis is None else basis.project(values_ND))
         if not storable_N.all():
             uri = block[URI][int(np.flatnonzero(~storable_N)[0])]
-            raise InvalidRowsError(
-                f"{uri} and others have numbers that {info.dtype} cannot hold: choose bfloat16 or float32"
-            )
+            raise InvalidRowsError(Problem.BEYOND_DTYPE, uri, info.dtype)
         yield live_table(block, bits, info)
 
 
@@ -287,15 +285,12 @@ def principal_components(
     D = 8,192. Cost: N x D x D multiplications, and about 2 D^3 at the end. Raises InvalidRowsError where the rows vary
     in fewer directions, or hold a number that is not finite.
     """
-    info = snapshot.info
+    info, url = snapshot.info, snapshot.storage.url
     if not 1 <= dims <= info.dim:
-        raise DimsError(f"dims={dims}: {snapshot.storage.url} has rows of {info.dim} numbers; choose 1 to {info.dim}")
+        raise DimsError(Problem.TOO_MANY_DIMS, dims, url, info.dim)
     num_rows = snapshot.num_rows
     if dims >= num_rows:
-        raise InvalidRowsError(
-            f"dims={dims}: snapshot {snapshot.version} of {snapshot.storage.url} has {num_rows} rows, which vary in"
-            f" {max(0, num_rows - 1)} directions at most: choose fewer dims, or add rows"
-        )
+        raise InvalidRowsError(Problem.TOO_FEW_ROWS, dims, snapshot.version, url, num_rows, max(0, num_rows - 1))
     shards = sorted(snapshot.manifest.shards)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         moments = CoMoments(info.dim, pool)
@@ -304,10 +299,7 @@ def principal_components(
             for block in merged_blocks(reader):
                 values_ND = snapshot.codec.decode(matrix_of(block, info))
                 if not np.isfinite(values_ND).all():
-                    raise InvalidRowsError(
-                        f"shard {shard} of {snapshot.storage.url} has numbers that are not finite:"
-                        " crossmedia store verify names the file"
-                    )
+                    raise InvalidRowsError(Problem.SHARD_NOT_FINITE, shard, url)
                 moments.add(values_ND)
             if progress is not None:
                 progress(number, len(shards))
@@ -315,9 +307,7 @@ def principal_components(
         spectrum_K, components_KD = moments.components(dims)
     rank = int(np.count_nonzero(spectrum_K > info.dim * np.finfo(np.float64).eps * spectrum_K[0]))
     if rank < dims:
-        raise InvalidRowsError(
-            f"dims={dims}: the rows of {snapshot.storage.url} vary in {rank} directions alone: choose no more"
-        )
+        raise InvalidRowsError(Problem.TOO_FEW_DIRECTIONS, dims, url, rank)
     origin = BasisOrigin(
         store_id=info.store_id,
         version=snapshot.version,

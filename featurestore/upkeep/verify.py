@@ -32,12 +32,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from featurestore import log, staging
+from featurestore import errors, log, staging
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
 from featurestore.format import datafile
 from featurestore.format.codec import BASES, basis_of
 from featurestore.format.shard import ShardReader, newest_rows, read_moments, write_shard_file
 from featurestore.keys import BoolArray, Int64Array, keys_of_uris, shard_of_hash, splitmix64
+from featurestore.problems import Problem
 from featurestore.published.versions import is_channel_name, last_move
 from featurestore.spec import FileEntry, Manifest, Sealed, StoreInfo, StorePath, create_sealed, read_sealed, seal
 from featurestore.staging import QuarantineRow
@@ -62,17 +63,17 @@ _LEFT = ("folder", "basis", "order", "pin", "channel", "collision")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Damage:
     """One problem: `str` gives one line with the file, the problem, and the way out."""
 
     kind: ProblemKind
     path: str  # relative to the store
-    message: str  # names the file by its full address
+    error: errors.FeatureStoreError  # names the file by its full address
     way_out: str
     versions: tuple[int, ...] = ()  # snapshots that hold a data file, ascending
 
     def __str__(self) -> str:
-        return f"{self.message}. {self.way_out}"
+        return f"{self.error}. {self.way_out}"
 
 
 @dataclass
@@ -84,8 +85,8 @@ class VerifyReport:
     num_manifests: int = 0
     num_files: int = 0
     num_bytes: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    known: list[Problem] = field(default_factory=list)
+    problems: list[Damage] = field(default_factory=list)
+    known: list[Damage] = field(default_factory=list)
 
 
 @dataclass
@@ -117,7 +118,7 @@ def verify(
     except (CorruptFileError, StoreNotFoundError) as error:
         if isinstance(error, StoreNotFoundError) and not log.versions(Storage(url, keep_inside=True)):
             raise
-        report.problems.append(Problem("info", INFO_PATH, str(error), _repair(url, "rebuilds it from a data file")))
+        report.problems.append(Damage("info", INFO_PATH, error, _repair(url, "rebuilds it from a data file")))
         return report
     behind_links = "Then verify again: nothing else was checked"
     folders = ((folder, partial(store.storage.list, folder)) for folder in _FOLDERS)
@@ -128,7 +129,7 @@ def verify(
     report.problems += _damaged(_small_files(store, manifests))
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
-            raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see crossmedia store log")
+            raise SnapshotNotFoundError(Problem.NO_SNAPSHOT_TO_VERIFY, store.url, version)
         checked = {number: manifest for number, manifest in manifests.items() if number == version}
     else:
         checked = manifests
@@ -154,21 +155,21 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
         except FileNotFoundError:
             continue  # expired meanwhile
         except CorruptFileError as error:
-            report.problems.append(Problem("manifest", path, str(error), way_out, (version,)))
+            report.problems.append(Damage("manifest", path, error, way_out, (version,)))
             continue
         files = manifest.entries
         sums = len(files), sum(file.rows for file in files), sum(file.bytes for file in files)
         if sums != (manifest.num_files, manifest.file_rows, manifest.file_bytes):
-            message = f"{storage.full(path)} counts other files, rows or bytes than it names"
-            report.problems.append(Problem("manifest", path, message, way_out, (version,)))
+            wrong = CorruptFileError(Problem.WRONG_COUNTS, storage.full(path))
+            report.problems.append(Damage("manifest", path, wrong, way_out, (version,)))
             continue
         if given.to_another(manifest):
-            message = f"{storage.full(path)} has the number of a manifest that was moved away: it came late"
-            report.problems.append(Problem("manifest", path, message, way_out, (version,)))
+            wrong = CorruptFileError(Problem.NUMBER_GIVEN_AWAY, storage.full(path))
+            report.problems.append(Damage("manifest", path, wrong, way_out, (version,)))
             continue
         if version - 1 in good and manifest.parent != good[version - 1].commit_id:
-            message = f"{storage.full(path)} does not follow the manifest before it"
-            report.problems.append(Problem("order", path, message, "Put the right one back from a backup", (version,)))
+            wrong = CorruptFileError(Problem.FOLLOWS_ANOTHER, storage.full(path))
+            report.problems.append(Damage("order", path, wrong, "Put the right one back from a backup", (version,)))
         good[version] = manifest
     return good
 
@@ -202,7 +203,7 @@ class _Given:
         return True
 
 
-def _damaged(files: Iterable[_SmallFile]) -> Iterator[Problem]:
+def _damaged(files: Iterable[_SmallFile]) -> Iterator[Damage]:
     """Check files, and yield a problem for each damaged one."""
     for kind, path, check, way_out in files:
         try:
@@ -210,7 +211,7 @@ def _damaged(files: Iterable[_SmallFile]) -> Iterator[Problem]:
         except FileNotFoundError:  # it has expired meanwhile, or is settled
             continue
         except CorruptFileError as error:
-            yield Problem(kind, path, str(error), way_out)
+            yield Damage(kind, path, error, way_out)
 
 
 def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[_SmallFile]:
@@ -232,21 +233,21 @@ def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iter
         yield "pin", path, partial(_check_pin, storage, pin, storage.full(path), manifests), way_out
     for name in storage.list(log.CHANNELS):
         path, way_out = f"{log.CHANNELS}/{name}", "Remove it"
-        check = partial(_refuse, storage.full(path), "is not a channel")
+        check = partial(_refuse, Problem.NOT_A_CHANNEL, storage.full(path))
         if is_channel_name(name):
             check = partial(_check_channel, storage, name, storage.full(path), manifests)
             way_out = f"Set it again: `crossmedia store channel {url} {name} N`"
         yield "channel", path, check, way_out
 
 
-def _refuse(place: str, what: str) -> None:
-    raise CorruptFileError(f"{place} {what}")
+def _refuse(problem: Problem, *values: object) -> None:
+    raise CorruptFileError(problem, *values)
 
 
 def _check_pin(storage: Storage, name: str, place: str, manifests: Mapping[int, Manifest]) -> None:
     pin = history.read_pin(storage, name)
     if pin.version not in manifests:
-        _refuse(place, f"keeps snapshot {pin.version}, which is not there")
+        _refuse(Problem.PIN_OF_NOTHING, place, pin.version)
 
 
 def _check_channel(storage: Storage, name: str, place: str, manifests: Mapping[int, Manifest]) -> None:
@@ -254,9 +255,9 @@ def _check_channel(storage: Storage, name: str, place: str, manifests: Mapping[i
     if move is None or move.version is None:
         return
     if move.version not in manifests:
-        _refuse(place, f"points to snapshot {move.version}, which is not there")
+        _refuse(Problem.CHANNEL_OF_NOTHING, place, move.version)
     if manifests[move.version].commit_id != move.commit_id:
-        _refuse(place, f"points to snapshot {move.version} of commit {move.commit_id[:8]}, and here it is another")
+        _refuse(Problem.CHANNEL_OF_ANOTHER, place, move.version, move.commit_id[:8])
 
 
 def _check_data(
@@ -278,9 +279,9 @@ def _check_data(
     total = sum(len(files) for files in wanted.values())
     largest = max((each.entry.bytes for files in wanted.values() for each in files.values()), default=0)
     memory = datafile.FileMemory(max(largest, _MEMORY_BYTES))
-    found: list[Problem] = []
+    found: list[Damage] = []
 
-    def check(shard: int) -> list[Problem]:
+    def check(shard: int) -> list[Damage]:
         chains = {tuple(map(_id, manifest.files(shard))) for manifest in manifests.values()}
         return list(_shard_problems(store, shard, wanted[shard], chains, newest, memory))
 
@@ -305,34 +306,31 @@ def _shard_problems(
     chains: set[tuple[FileId, ...]],
     newest: int,
     memory: datafile.FileMemory,
-) -> Iterator[Problem]:
+) -> Iterator[Damage]:
     keys: dict[FileId, FileKeys] = {}
     for file_id, each in wanted.items():
         versions = tuple(each.versions)
         is_newest = newest in versions
         way_out = _repair(store.url, "drops its rows into the refresh list") if is_newest else _old(store.url, versions)
-        messages, found = check_file(store.storage, store.info, shard, each.entry, memory)
+        wrong, found = check_file(store.storage, store.info, shard, each.entry, memory)
         if found is not None:
             keys[file_id] = found
-        for message in messages:
-            yield Problem("data", each.entry.path, message, way_out, versions)
+        for error in wrong:
+            yield Damage("data", each.entry.path, error, way_out, versions)
         try:
             read_moments(store.storage, each.entry)
         except CorruptFileError as error:
             versions = tuple(each.with_statistics)
             way_out = _repair(store.url, "drops it") if newest in versions else _old(store.url, versions)
-            yield Problem("statistics", str(each.entry.statistics_path), str(error), way_out, versions)
+            yield Damage("statistics", str(each.entry.statistics_path), error, way_out, versions)
     for chain in _longest(chains):
         broken = collisions([keys[file_id] for file_id in chain if file_id in keys])
         if len(broken):
             newest_path = chain[-1][0]
             versions = tuple(wanted[chain[-1]].versions)
-            message = (
-                f"shard {shard} of {store.url}: {len(broken)} keys belong to two uris, {broken[0]} is one"
-                f" ({newest_path} is the newest file)"
-            )
+            two = CorruptFileError(Problem.KEYS_OF_TWO_URIS, shard, store.url, len(broken), broken[0], newest_path)
             way_out = "Delete those keys, or put them again under one uri"
-            yield Problem("collision", newest_path, message, way_out, versions)
+            yield Damage("collision", newest_path, two, way_out, versions)
 
 
 def _id(entry: FileEntry) -> FileId:
@@ -398,7 +396,7 @@ class FileKeys:
 
 def check_file(
     storage: Storage, info: StoreInfo, shard: int, entry: FileEntry, memory: datafile.FileMemory
-) -> tuple[list[str], FileKeys | None]:
+) -> tuple[list[CorruptFileError], FileKeys | None]:
     """List the problems of a data file, and return its keys, or none if it cannot be read.
 
     Size, sha256, page checksums, columns, row counts, order, duplicates, membership, values. Reads the whole file once;
@@ -406,7 +404,7 @@ def check_file(
     """
     path = storage.full(entry.path)
     if entry.info_digest != info.digest:
-        return [f"{path} belongs to a store of another kind: its info_digest is not that of store.json"], None
+        return [CorruptFileError(Problem.FILE_OF_ANOTHER_KIND, path)], None
     blocks, num_infinite = [], 0
     try:
         with datafile.open_entry(storage, info, entry, "sha256", memory) as file:
@@ -416,12 +414,12 @@ def check_file(
                 )
                 blocks.append(FileKeys.of(block))
     except CorruptFileError as error:
-        return [str(error)], None
+        return [error], None
     keys = FileKeys.concatenate(blocks)
-    found = list(_broken_promises(keys, info, shard, entry))
+    found = list(_broken_promises(keys, info, shard, entry, path))
     if num_infinite:
-        found.append(f"holds {num_infinite} features that are not finite")
-    return [f"{path} {promise}" for promise in found], keys
+        found.append(CorruptFileError(Problem.HOLDS_NOT_FINITE, path, num_infinite))
+    return found, keys
 
 
 def collisions(files: Sequence[FileKeys]) -> Int64Array:
@@ -439,18 +437,20 @@ def collisions(files: Sequence[FileKeys]) -> Int64Array:
     return np.unique(np.concatenate([np.empty(0, np.int64), *broken]))
 
 
-def _broken_promises(keys: FileKeys, info: StoreInfo, shard: int, entry: FileEntry) -> Iterator[str]:
+def _broken_promises(
+    keys: FileKeys, info: StoreInfo, shard: int, entry: FileEntry, path: str
+) -> Iterator[CorruptFileError]:
     hash_N = splitmix64(keys.keys_N)
     if len(np.unique(hash_N)) != len(hash_N):
-        yield "holds a key twice"
+        yield CorruptFileError(Problem.HOLDS_KEY_TWICE, path)
     elif (hash_N[1:] < hash_N[:-1]).any():
-        yield "is not in the order of splitmix64"
+        yield CorruptFileError(Problem.HOLDS_NO_ORDER, path)
     strays = int((shard_of_hash(hash_N, info.num_shards) != shard).sum())
     if strays:
-        yield f"holds {strays} keys that do not belong to shard {shard}"
+        yield CorruptFileError(Problem.HOLDS_STRAY_KEYS, path, strays, shard)
     num_deleted = int(np.count_nonzero(keys.deleted_N))
     if num_deleted != entry.num_deleted:
-        yield f"has {num_deleted} tombstones instead of {entry.num_deleted}"
+        yield CorruptFileError(Problem.WRONG_TOMBSTONES, path, num_deleted, entry.num_deleted)
 
 
 @dataclass
@@ -458,7 +458,7 @@ class RepairReport:
     """Actions of a repair, or of a dry run, one line each, and problems that no program can mend."""
 
     actions: list[str] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
+    left: list[Damage] = field(default_factory=list)
     version: int | None = None  # of the commit; None where none was needed
     num_quarantined: int = 0  # images that the next refresh computes again; others of a broken file it finds missing
 
@@ -484,7 +484,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
         if dry_run:
             return report
         problems = verify(store, progress=progress).problems
-    by_kind: dict[str, list[Problem]] = defaultdict(list)
+    by_kind: dict[str, list[Damage]] = defaultdict(list)
     for problem in problems:
         by_kind[problem.kind].append(problem)
     _mend_manifests(store, by_kind["manifest"], report, dry_run)
@@ -497,7 +497,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
     return report
 
 
-def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> bool:
+def _put_back(store: FeatureStore, problems: Sequence[Damage], report: RepairReport, dry_run: bool) -> bool:
     """Put manifests back into the log that expired/ still has; return whether there were any.
 
     The oldest first: a repair that was cut off finds the others again. None where one of the two folders is a link out
@@ -513,7 +513,7 @@ def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairRe
     return bool(found)
 
 
-def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
+def _mend_manifests(store: FeatureStore, problems: Sequence[Damage], report: RepairReport, dry_run: bool) -> None:
     """Move damaged manifests away; where one is the newest, the newest good one is committed again behind it."""
     if not problems:
         return
@@ -534,9 +534,9 @@ def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: Re
             _put_aside(store.storage, problem.path)
 
 
-def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
+def _mend_files(store: FeatureStore, problems: Sequence[Damage], report: RepairReport, dry_run: bool) -> None:
     """Mend files of the newest snapshot in one commit, and note each, as older snapshots name them or soon will."""
-    reasons = {problem.path: problem.message for problem in problems}
+    reasons = {problem.path: str(problem.error) for problem in problems}
     if not reasons:
         return
     plan = _RepairPlan(store, reasons, store.storage.now(), dry_run)
@@ -658,10 +658,7 @@ def _rebuild_info(url: str, dry_run: bool) -> str:
     storage = Storage(url, keep_inside=True)
     found = _info_of_a_file(storage, _newest_good(storage, folders=(log.LOG, log.EXPIRED)))
     if found is None:
-        raise CorruptFileError(
-            f"{storage.full(INFO_PATH)} cannot be rebuilt, as no data file of the newest snapshot is good: put it back"
-            " from a backup"
-        )
+        raise CorruptFileError(Problem.CANNOT_REBUILD, storage.full(INFO_PATH))
     path, info = found
     if not dry_run:
         _keep_copy(storage, INFO_PATH)
@@ -682,10 +679,7 @@ def _newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[
                     found = log.read(storage, version, folder)
                     if not given.to_another(found):
                         return found
-    raise CorruptFileError(
-        f"no manifest of {storage.url} is good, and none in {log.EXPIRED}/ has all of its files:"
-        f" put {storage.full(log.LOG)} back from a backup"
-    )
+    raise CorruptFileError(Problem.NO_GOOD_MANIFEST, storage.url, log.EXPIRED, storage.full(log.LOG))
 
 
 def _recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:

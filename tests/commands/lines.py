@@ -5,11 +5,13 @@ choices that an option excludes have no lines here: test_every_command.py makes 
 """
 
 from explorer.problems import Problem as ExplorerProblem
+from featurestore.problems import Problem
 from serving.problems import Problem as ServingProblem
 from tests.commands.calls import HUGE, Told
 
+NO_FILE = {"where": "{missing}"}
 MISSING = [
-    *((line, 2, "no store at") for line in (
+    *((line, 2, (Problem.NO_STORE, NO_FILE)) for line in (
         "featurestore compact {missing}", "featurestore diff {missing} 1 2", "featurestore expire {missing}",
         "featurestore log {missing}", "featurestore quarantine {missing}", "featurestore pin {missing} a",
         "featurestore restore {missing} 1", "featurestore unpin {missing} a", "featurestore info {missing}",
@@ -54,43 +56,45 @@ MISSING = [
 ]  # fmt: skip
 """A place that is not there."""
 
-FEATURESTORE = [
+STORE, EMPTY, GARBAGE = {"where": "{store}"}, {"where": "{empty}"}, {"where": "{garbage}", "value": "{garbage}"}
+STABLE, NO_HOST = STORE | {"value": "stable"}, {"where": "nosuch.invalid"}
+FEATURESTORE: list[tuple[str, int, Told]] = [
     ("featurestore [/x]", 2, "No such command '[/x]'"),
     ("featurestore info {brackets}", 2, "[/x]"),
     ("featurestore info {unicode}", 2, r"\u202e name é ☃"),
-    ("featurestore info {empty}", 2, "{empty} is a file"),
-    ("featurestore info nosuch://bucket/x", 2, "nosuch"),
-    ("featurestore info {store} --version x", 2, "no channel 'x'; it has none"),
-    ("featurestore info {store} --version -1", 2, "-1 is not a version"),
-    ("featurestore info {store} --version 9", 2, "no snapshot 9"),
-    ("featurestore info {nanstore}", 1, "damaged"),
-    ("featurestore info {deepstore}", 1, "nested too deep"),
-    ("featurestore info {hugestore}", 1, "damaged"),
-    ("featurestore info {deepinfo}", 1, "nested too deep"),
-    ("featurestore get {store}", 2, "name a KEY"),
+    ("featurestore info {empty}", 2, (Problem.FILE_NOT_FOLDER, EMPTY)),
+    ("featurestore info nosuch://bucket/x", 2, (Problem.CANNOT_OPEN, {"where": "nosuch"})),
+    ("featurestore info {store} --version x", 2, (Problem.NO_CHANNEL, STORE | {"value": "x", "known": "none"})),
+    ("featurestore info {store} --version -1", 2, (Problem.NEGATIVE_VERSION, {"value": -1})),
+    ("featurestore info {store} --version 9", 2, (Problem.NO_SNAPSHOT, STORE | {"value": 9})),
+    ("featurestore info {nanstore}", 1, Problem.DAMAGED),
+    ("featurestore info {deepstore}", 1, Problem.NESTED_TOO_DEEP),
+    ("featurestore info {hugestore}", 1, Problem.DAMAGED),
+    ("featurestore info {deepinfo}", 1, Problem.NESTED_TOO_DEEP),
+    ("featurestore get {store}", 2, Problem.NO_IMAGE_NAMED),
     (f"featurestore get {{store}} {HUGE}", 2, HUGE),
-    ("featurestore get {store} --uri [/x]", 1, "no feature"),
-    ("featurestore channel {store} stable", 2, "no channel 'stable'; it has none"),
-    ("featurestore channel {store} 19", 2, "not the name of a channel"),
-    ("featurestore channel {store} stable 99", 2, "no snapshot 99"),
+    ("featurestore get {store} --uri [/x]", 1, (Problem.NO_FEATURE, {"number": 1, "value": "[/x]"})),
+    ("featurestore channel {store} stable", 2, (Problem.NO_CHANNEL, STABLE | {"known": "none"})),
+    ("featurestore channel {store} 19", 2, (Problem.NOT_A_CHANNEL_NAME, {"value": "19"})),
+    ("featurestore channel {store} stable 99", 2, (Problem.NO_SNAPSHOT, STORE | {"value": 99})),
     ("featurestore channel {store} --remove", 2, "--remove"),
-    ("featurestore channel {store} stable --remove", 2, "no channel 'stable'"),
-    ("featurestore restore {store} 12", 2, "no snapshot 12"),
-    ("featurestore pin {store} a/b", 2, "not the name of a pin"),
-    ("featurestore unpin {store} a", 2, "no pin 'a'"),
-    ("featurestore serve {store} --port 0 --host nosuch.invalid", 1, "cannot listen at nosuch.invalid"),
-    ("featurestore serve {store} --tls-cert {garbage} --tls-key {garbage}", 1, "not a pair in PEM"),
-    ("featurestore serve {store} --token-file {empty}", 2, "has no token"),
-    ("featurestore serve {store} --cache-dir {empty} --port 0", 1, "{empty}"),
+    ("featurestore channel {store} stable --remove", 2, (Problem.NO_CHANNEL, STABLE)),
+    ("featurestore restore {store} 12", 2, (Problem.NO_SNAPSHOT, STORE | {"value": 12})),
+    ("featurestore pin {store} a/b", 2, (Problem.NOT_A_PIN_NAME, {"value": "a/b"})),
+    ("featurestore unpin {store} a", 2, (Problem.NO_PIN, STORE | {"value": "a"})),
+    ("featurestore serve {store} --port 0 --host nosuch.invalid", 1, (Problem.CANNOT_LISTEN, NO_HOST)),
+    ("featurestore serve {store} --tls-cert {garbage} --tls-key {garbage}", 1, (Problem.TLS_NOT_A_PAIR, GARBAGE)),
+    ("featurestore serve {store} --token-file {empty}", 2, (Problem.NO_TOKEN, EMPTY)),
+    ("featurestore serve {store} --cache-dir {empty} --port 0", 1, (Problem.CANNOT_USE_CACHE, EMPTY)),
     ("featurestore verify {store} --absent {pipe}", 2, "{pipe}"),
     ("featurestore verify {store} --absent {script} --version 1", 2, "--absent"),
-    ("featurestore purge {missing} --keys {missing}", 2, "not a file of keys"),
+    ("featurestore purge {missing} --keys {missing}", 2, (Problem.NOT_A_LIST, NO_FILE | {"wanted": "keys"})),
     ("featurestore purge {store}", 2, "--keys"),
     ("featurestore purge {store} --keys {empty} --uris {empty}", 2, "--keys"),
-    ("featurestore purge {store} --keys {empty}", 2, "{empty}"),
-    ("featurestore check-backend {empty}", 2, "{empty} is a file"),
-    ("featurestore remake {store} {new} --dims 9999", 2, "9999"),
-    ("featurestore remake {store} {store} --dims 2", 2, "is the source itself"),
+    ("featurestore purge {store} --keys {empty}", 2, (Problem.NOT_A_LIST, EMPTY)),
+    ("featurestore check-backend {empty}", 2, (Problem.FILE_NOT_FOLDER, EMPTY)),
+    ("featurestore remake {store} {new} --dims 9999", 2, (Problem.TOO_MANY_DIMS, STORE | {"value": 9999})),
+    ("featurestore remake {store} {store} --dims 2", 2, (Problem.IS_THE_SOURCE, STORE)),
 ]
 
 # One setting each of python -m trainer.main: what is typed there comes from people more than anything else.

@@ -7,7 +7,9 @@ import pytest
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.index import NOT_FOUND, VectorIndex, faiss
+from featurestore.problems import Problem
 from featurestore.spec import IndexKind
+from tests.raised import raises
 
 DIM = 16
 KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
@@ -115,23 +117,23 @@ def test_what_an_approximate_index_does_not_find_is_marked() -> None:
 @kinds
 def test_what_is_refused(kind: IndexKind) -> None:
     vectors = clustered(50)
-    with pytest.raises(InvalidRowsError, match=r"shape \(0, 16\) make no index"):
+    with raises(InvalidRowsError, Problem.WRONG_VECTOR_SHAPE, value=(0, 16)):
         VectorIndex.build(kind, KEYS[:0], clustered(0))
     index = VectorIndex.build(kind, KEYS[:50], vectors)
-    with pytest.raises(InvalidRowsError, match=r"queries of shape \(50, 15\) do not fit an index of width 16"):
+    with raises(InvalidRowsError, Problem.WRONG_QUERY_SHAPE, value=(50, 15), dim=16):
         index.search(vectors[:, :15], 3)
     for keys in (KEYS[:49], np.arange(50, dtype=np.float64)):
-        with pytest.raises(InvalidRowsError, match="each of 50 vectors needs an int64 key"):
+        with raises(InvalidRowsError, Problem.WRONG_VECTOR_KEYS, value=keys.dtype, shape=keys.shape, wanted=50):
             VectorIndex.build(kind, keys, vectors)
-    with pytest.raises(InvalidRowsError, match="a key comes twice"):
+    with raises(InvalidRowsError, Problem.KEY_GIVEN_TWICE):
         VectorIndex.build(kind, KEYS[:50] // 2**60, vectors)
-    with pytest.raises(InvalidRowsError, match="count=0"):
+    with raises(InvalidRowsError, Problem.NOTHING_TO_FIND, value=0):
         index.search(vectors, 0)
     wrong = vectors.copy()
     wrong[3, 4] = np.nan
-    with pytest.raises(InvalidRowsError, match=f"the vector of key {KEYS[3]} has numbers that are not finite"):
+    with raises(InvalidRowsError, Problem.VECTOR_NOT_FINITE, where=KEYS[3]):
         VectorIndex.build(kind, KEYS[:50], wrong)
     data = index.save()
     for other in (b"", b"no index", data[:100], data[:-40]):
-        with pytest.raises(CorruptFileError, match="not an index that this code wrote"):
+        with raises(CorruptFileError, Problem.NOT_AN_INDEX):
             VectorIndex.load(other)

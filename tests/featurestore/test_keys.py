@@ -15,6 +15,8 @@ from featurestore.keys import (
     shard_of,
     splitmix64,
 )
+from featurestore.problems import Problem
+from tests.raised import told
 
 ANY_KEY = st.integers(-(2**63), 2**63 - 1)
 
@@ -64,7 +66,7 @@ def test_shards_are_the_top_bits_so_hash_order_is_shard_order(keys: list[int], l
 
 @pytest.mark.parametrize("num_shards", [0, 3, 12, -2])
 def test_num_shards_must_be_a_power_of_two(num_shards: int) -> None:
-    with pytest.raises(ValueError, match=f"num_shards={num_shards}"):
+    with pytest.raises(ValueError, match=told(Problem.SHARDS_NOT_A_POWER, value=num_shards)):
         shard_of([1], num_shards)
 
 

@@ -17,8 +17,10 @@ from featurestore.console.commandline import CONTINUES, CommandApp, say_error
 from featurestore.console.files import read_tokens, replace_file, replaced_file, write_json, write_json_option
 from featurestore.console.output import print_table, progress_bars, text_column, text_console
 from featurestore.errors import USAGE, StorageError, StoreNotFoundError, TokenFileError, UserError
+from featurestore.problems import Problem
 from featurestore.text import one_line, printable
 from tests.cli import ran
+from tests.raised import compare, raises, told
 
 
 @pytest.mark.parametrize("text", ["[/x]", "[bold]", "a[red]b", ":smile:", "[link=http://x]y[/link]"])
@@ -87,13 +89,19 @@ def test_ctrl_c_within_a_wait_for_a_lock_is_ctrl_c() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [each for _, each in getmembers(errors, isclass) if each.__module__ == errors.__name__]
+    "error",
+    [
+        each
+        for _, each in getmembers(errors, isclass)
+        if each.__module__ == errors.__name__ and issubclass(each, Exception)
+    ],
 )
 def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exception]) -> None:
     assert issubclass(error, UserError)
     assert error.__name__ in (errors.__doc__ or "")
     copy = pickle.loads(pickle.dumps(error("a message")))
     assert type(copy) is error and str(copy) == "a message"
+    compare(pickle.loads(pickle.dumps(error(Problem.NO_PIN, "place", "x", "none"))), Problem.NO_PIN, value="x")
 
 
 def test_no_command_shows_the_help() -> None:
@@ -113,24 +121,25 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "problem", "values"),
     [
-        (b"", "has no token; write one a line"),
-        (b"# a comment\n\n", "has no token; write one a line"),
-        (b"0123456789abcdef\nshort\n", "token 2 has 5 characters and can be guessed; write 16 or more"),
-        (b"0123456789abcdef with space\n", "token 1 has a space"),
-        (b"0123456789\x01abcdef\n", "token 1 has a space or a control character"),
-        ("\u00e4".encode() * 20, "is not ASCII text"),
-        (None, "No such file or directory; name a file"),
+        (b"", Problem.NO_TOKEN, {}),
+        (b"# a comment\n\n", Problem.NO_TOKEN, {}),
+        (b"0123456789abcdef\nshort\n", Problem.TOKEN_TOO_SHORT, {"number": 2, "value": 5, "fewest": 16}),
+        (b"0123456789abcdef with space\n", Problem.TOKEN_NOT_PLAIN, {"number": 1}),
+        (b"0123456789\x01abcdef\n", Problem.TOKEN_NOT_PLAIN, {"number": 1}),
+        ("\u00e4".encode() * 20, Problem.TOKENS_NOT_ASCII, {}),
+        (None, Problem.NO_TOKEN_FILE, {"reason": "No such file or directory"}),
     ],
 )
-def test_wrong_files_are_one_line_each(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_wrong_files_are_one_line_each(
+    tmp_path: Path, content: bytes | None, problem: Problem, values: dict[str, object]
+) -> None:
     file = tmp_path / "tokens"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(TokenFileError, match=words) as raised:
+    with raises(TokenFileError, problem, where=file, **values) as raised:
         read_tokens(file)
-    assert str(raised.value).startswith(f"--token-file {file}")
     assert "\n" not in str(raised.value)
     assert raised.value.exit_code == USAGE
 
@@ -139,7 +148,7 @@ def test_json_has_null_for_what_is_not_finite_and_nothing_else_is_left_behind(tm
     write_json(tmp_path / "demo.json", {"auc": [float("nan"), (0.5, float("inf"))], "gauc": 0.5})
     assert json.loads((tmp_path / "demo.json").read_text()) == {"auc": [None, [0.5, None]], "gauc": 0.5}
     write_json_option(None, {})
-    with pytest.raises(UserError, match=f"cannot write --json {tmp_path}: "):
+    with raises(UserError, Problem.OUTPUT_REFUSED, option="--json", where=tmp_path):
         write_json_option(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
@@ -152,7 +161,7 @@ def test_what_is_not_written_whole_leaves_the_old_file_and_no_other(tmp_path: Pa
         raise ValueError("half of it")
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "old")]
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileExistsError, match="not a regular file"):
+    with pytest.raises(FileExistsError, match=told(Problem.REPLACES_NO_FILE)):
         replace_file(tmp_path / "pipe", "new")
     assert (tmp_path / "pipe").is_fifo() and sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "pipe"]
 

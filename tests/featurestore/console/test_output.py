@@ -21,8 +21,10 @@ from featurestore.console.output import (
 )
 from featurestore.console.page import ReportPage, current_page, recorded, save_plot
 from featurestore.errors import USAGE, OutputPlaceError, UserError
+from featurestore.problems import Problem
 from featurestore.text import printable
 from tests.pages import ReadPage, check_page
+from tests.raised import raises
 
 
 def shown(capsys: pytest.CaptureFixture[str], until: str) -> str:
@@ -194,17 +196,17 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
     wrong = {
-        tmp_path: "it is a folder",
-        tmp_path / "missing" / "page.html": "there is no folder",
-        tmp_path / "pipe": "not a regular file",
-        tmp_path / "file" / "page.html": "there is no folder",
-        tmp_path / ("x" * 255): "File name too long",
-        Path("/proc/page.html"): "page.html",
+        tmp_path: (Problem.OUTPUT_IS_A_FOLDER, {}),
+        tmp_path / "missing" / "page.html": (Problem.OUTPUT_WITHOUT_FOLDER, {"parent": tmp_path / "missing"}),
+        tmp_path / "pipe": (Problem.OUTPUT_NOT_REGULAR, {}),
+        tmp_path / "file" / "page.html": (Problem.OUTPUT_WITHOUT_FOLDER, {"parent": tmp_path / "file"}),
+        tmp_path / ("x" * 255): (Problem.OUTPUT_REFUSED, {"reason": "File name too long"}),
+        Path("/proc/page.html"): (Problem.OUTPUT_REFUSED, {}),
     }
-    for path, told in wrong.items():
-        with pytest.raises(OutputPlaceError, match=told) as caught:
+    for path, (problem, values) in wrong.items():
+        with raises(OutputPlaceError, problem, option="--html", where=path, **values) as caught:
             ReportPage(path, "T", []).check_place()
-        assert caught.value.exit_code == USAGE and str(path) in str(caught.value)
+        assert caught.value.exit_code == USAGE
     ReportPage(tmp_path / "new.html", "T", []).check_place()
     ReportPage(tmp_path / "file", "T", []).check_place()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]

@@ -1,5 +1,6 @@
 """Features over the wire: the bits of a partition, who may ask, which snapshots are open, and what goes wrong."""
 
+import re
 import signal
 import socket
 import threading
@@ -25,10 +26,12 @@ from featurestore.flight.protocol import KEYS_SCHEMA, MAX_KEYS
 from featurestore.flight.server import OpenSnapshots, follow
 from featurestore.keys import keys_of_uris
 from featurestore.log import manifest_path
+from featurestore.problems import Problem
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel
 from tests.featurestore.conftest import put
 from tests.featurestore.flight.conftest import Serve, lookup_once_up
+from tests.raised import raises, told
 from tests.security.certificates import Certificate
 
 ROWS = 3_000
@@ -84,7 +87,7 @@ def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U
 
 @pytest.mark.parametrize("keys", [[1.5], [2.0**60], ["shoe/1.jpg"]])
 def test_keys_that_are_no_whole_numbers_are_refused(keys: list[object]) -> None:
-    with pytest.raises(TypeError, match=r"and have to be int64: featurestore\.keys_of_uris"):
+    with pytest.raises(TypeError, match=told(Problem.KEYS_NOT_INT64, value=np.asarray(keys).dtype)):
         _keys(keys)  # type: ignore[arg-type]
     assert (_keys([]).shape, _keys(7).shape) == ((0,), (1,))
 
@@ -112,7 +115,7 @@ def test_few_keys_many_keys_and_none(
             assert_same(client, store, tmp_path, keys_U)
         out = np.empty((1, 2048), np.uint16)
         assert client.lookup(known, out=out).features_UD is out
-        with pytest.raises(ValueError, match="out is"):
+        with pytest.raises(ValueError, match=told(Problem.OUT_DOES_NOT_FIT, value=(1, 1024))):
             client.lookup(known, out=out[:, ::2])
     assert 10_000 * store.info.row_bytes > 34 << 20
 
@@ -122,7 +125,9 @@ def test_missing_policies_and_two_clients_in_two_threads_each(info: StoreInfo, s
     store = make_store(tmp_path / "store", info)
     server = serve(store)
     gone, keys_U = keys_of([7, 8]), any_keys()
-    with connect(server.address) as client, pytest.raises(errors.MissingKeysError, match=str(gone[0])):
+    where = f"snapshot 3 of {store.url} at {server.address}"
+    found = {"number": 1, "where": where, "value": gone[0]}
+    with connect(server.address) as client, raises(errors.MissingKeysError, Problem.NO_FEATURE, **found):
         client.lookup(gone)
     for missing in ("zeros", "learned"):
         with connect(server.address, missing=missing) as client:
@@ -155,10 +160,11 @@ def test_a_snapshot_committed_meanwhile(store: FeatureStore, serve: Serve, tmp_p
         assert (after.snapshot_version, first.snapshot_version) == (2, 1)
         assert_same(after, store, tmp_path, keys_U)
         assert first.lookup(keys_U).features_UD.tobytes() == old.features_UD.tobytes()
-    with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 3"):
+    with pytest.raises(errors.SnapshotNotFoundError, match=told(Problem.NO_SNAPSHOT, where=store.url, value=3)):
         connect(server.address, version=3)
     fixed = serve(store, "--version", "1")
-    with pytest.raises(errors.SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
+    words = told(Problem.ONE_SNAPSHOT_OFFERED, version=1, where=store.url)
+    with pytest.raises(errors.SnapshotNotFoundError, match=words):
         connect(fixed.address, version=2)
 
 
@@ -176,7 +182,7 @@ def test_a_snapshot_that_expires_meanwhile(store: FeatureStore, serve: Serve) ->
         assert client.lookup(keys_U).features_UD.tobytes() == old
         server.end()
         serve(store, "--port", str(server.port))
-        with pytest.raises(errors.SnapshotNotFoundError, match="1 has expired"):
+        with pytest.raises(errors.SnapshotNotFoundError, match=told(Problem.EXPIRED, where=store.url, value=1)):
             lookup_once_up(client, keys_U)
 
 
@@ -190,8 +196,8 @@ def test_tokens(serve: Serve, wide: FeatureStore, tmp_path: Path) -> None:
         with connect(server.address, token=token) as client:
             assert not client.lookup(KEYS).missing_U.any()
     for wrong in (None, "", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper()):
-        words = "needs a token: connect" if wrong is None else "refuses the token"
-        with pytest.raises(errors.AccessError, match=words):
+        problem = Problem.TOKEN_NEEDED if wrong is None else Problem.TOKEN_REFUSED
+        with raises(errors.AccessError, problem, where=server.address):
             connect(server.address, token=wrong)
     with flight.FlightClient(server.address) as client:
         for call in (
@@ -200,9 +206,10 @@ def test_tokens(serve: Serve, wide: FeatureStore, tmp_path: Path) -> None:
         ):
             with pytest.raises(flight.FlightUnauthenticatedError):
                 call()
-    with pytest.raises(errors.UnavailableError, match="only one side uses TLS") as told:
-        connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
-    assert "\n" not in str(told.value)
+    address = f"grpc+tls://127.0.0.1:{server.port}"
+    with raises(errors.UnavailableError, Problem.NO_SERVER, where=address) as caught:
+        connect(address, timeout_s=5)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.long
@@ -215,21 +222,22 @@ def test_tls(serve: Serve, wide: FeatureStore, tmp_path: Path) -> None:
     with connect(server.address, ca=good.ca) as client:
         assert not client.lookup(KEYS).missing_U.any()
     for ca in (other.ca, None):
-        with pytest.raises(errors.AccessError, match=r"^the certificate of .* is refused"):
+        with raises(errors.AccessError, Problem.CERTIFICATE_REFUSED, where=server.address):
             connect(server.address, ca=ca)
-    with pytest.raises(errors.AccessError, match=r"127\.0\.0\.1"):
-        connect(f"grpc+tls://127.0.0.1:{server.port}", ca=good.ca)
-    with pytest.raises(errors.UnavailableError, match="only one side uses TLS"):
+    address = f"grpc+tls://127.0.0.1:{server.port}"
+    with raises(errors.AccessError, Problem.CERTIFICATE_REFUSED, where=address):
+        connect(address, ca=good.ca)
+    with raises(errors.UnavailableError, Problem.NO_SERVER, where=f"grpc://localhost:{server.port}"):
         connect(f"grpc://localhost:{server.port}", timeout_s=5)
-    with pytest.raises(errors.AccessError, match="cannot read"):
+    with raises(errors.AccessError, Problem.CANNOT_READ_CERTIFICATES, where=tmp_path / "nosuch.pem"):
         connect(server.address, ca=tmp_path / "nosuch.pem")
     for text in ("", "no certificate"):
         (tmp_path / "other.pem").write_text(text)
-        with pytest.raises(errors.AccessError, match=r"other\.pem: it has no certificate in PEM"):
+        with raises(errors.AccessError, Problem.NOT_A_CERTIFICATE, where=tmp_path / "other.pem"):
             connect(server.address, ca=tmp_path / "other.pem")
     old = Certificate(tmp_path / "old", not_after=datetime.now(UTC) - timedelta(days=1))
     server = serve(wide, "--tls-cert", old.cert, "--tls-key", old.key)
-    with pytest.raises(errors.AccessError, match="expired"):
+    with raises(errors.AccessError, Problem.CERTIFICATE_REFUSED, where=server.address, reason=re.compile("expired")):
         connect(server.address, ca=old.ca)
 
 
@@ -237,7 +245,7 @@ def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
     one, two = Certificate(tmp_path / "one", "localhost"), Certificate(tmp_path / "two", "localhost")
     assert read_tls(one.cert, one.key)[0].startswith("-----BEGIN")
     for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
-        with pytest.raises(errors.FeatureStoreError, match="not a pair in PEM"):
+        with raises(errors.FeatureStoreError, Problem.TLS_NOT_A_PAIR, where=cert, value=key):
             read_tls(cert, key)
 
 
@@ -374,7 +382,7 @@ def test_a_client_that_never_reads_holds_up_nobody_and_sigterm_lets_it_end(serve
 def wait_until_refused(address: str) -> None:
     """Call a server until it takes no new calls."""
     end_s = time.monotonic() + 10
-    with pytest.raises(errors.UnavailableError):
+    with raises(errors.UnavailableError, Problem.NO_SERVER, where=address):
         while time.monotonic() < end_s:
             with connect(address) as client:
                 client.lookup(KEYS[:1])
@@ -390,7 +398,7 @@ def test_a_server_that_does_not_answer_in_time_and_is_killed_in_the_middle(serve
         while psutil.Process(server.process.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)  # SIGSTOP takes its time on a busy machine
         begun = time.monotonic()
-        with pytest.raises(errors.DeadlineError, match="timeout_s=2"):
+        with raises(errors.DeadlineError, Problem.NO_ANSWER_IN_TIME, where=server.address, seconds=2):
             client.lookup(KEYS)
         assert time.monotonic() - begun < 5
         server.send(signal.SIGCONT)
@@ -398,10 +406,10 @@ def test_a_server_that_does_not_answer_in_time_and_is_killed_in_the_middle(serve
     with connect(server.address, timeout_s=30) as client:
         threading.Timer(0.1, lambda: server.end(signal.SIGKILL)).start()
         begun = time.monotonic()
-        with pytest.raises(errors.UnavailableError, match="connection broke"):
+        with raises(errors.UnavailableError, Problem.NO_SERVER, where=server.address):
             client.lookup(np.resize(KEYS, 100_000))
         assert time.monotonic() - begun < 30
-        with pytest.raises(errors.UnavailableError, match="no feature server answers"):
+        with raises(errors.UnavailableError, Problem.NO_SERVER, where=server.address):
             client.contains(KEYS)
         serve(wide, "--port", str(server.port))
         assert len(lookup_once_up(client, KEYS).features_UD) == 64
@@ -412,9 +420,10 @@ def test_who_listens_is_no_feature_server() -> None:
     """A server of another kind that says nothing, and a port where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises((errors.DeadlineError, errors.UnavailableError), match=address):
+        with pytest.raises((errors.DeadlineError, errors.UnavailableError)) as caught:
             connect(address, timeout_s=1)
-    with pytest.raises(errors.UnavailableError, match="no feature server answers"):
+        assert caught.value.values["where"] == address
+    with raises(errors.UnavailableError, Problem.NO_SERVER, where=address):
         connect(address, timeout_s=5)
 
 
@@ -432,20 +441,23 @@ def test_requests_that_are_none(serve: Serve, wide: FeatureStore) -> None:
 
     keys = keys_batch(KEYS)
     with flight.FlightClient(server.address) as client:
-        for command, batch, word in (
-            (b"{", keys, "Asked"),
-            (b'{"version": "x"}', keys, "version"),
-            (b'{"version": -1}', keys, "-1 is not a version"),
-            (b'{"nosuch": 1}', keys, "nosuch"),
-            (b"{}", pa.record_batch([pa.array(["a"])], names=["key"]), "int64"),
-            (b"{}", pa.record_batch([pa.array([1, None])], names=["key"]), "nulls"),
-            (b"{}", pa.record_batch([pa.array([1])], names=["id"]), "one column"),
-            (b"{}", keys_batch(np.zeros(MAX_KEYS + 1, np.int64)), "above the limit of 1,048,576: send several"),
-            (b'{"version": 2}', keys, "has no snapshot"),
+        wrong_columns = [
+            pa.record_batch([pa.array(["a"])], names=["key"]),
+            pa.record_batch([pa.array([1, None])], names=["key"]),
+            pa.record_batch([pa.array([1])], names=["id"]),
+        ]
+        for command, batch, words in (
+            (b"{", keys, told(Problem.BAD_REQUEST, where="Asked")),
+            (b'{"version": "x"}', keys, told(Problem.BAD_REQUEST, where="Asked", reason=re.compile("version"))),
+            (b'{"version": -1}', keys, told(Problem.NEGATIVE_VERSION, value=-1)),
+            (b'{"nosuch": 1}', keys, told(Problem.BAD_REQUEST, where="Asked", reason=re.compile("nosuch"))),
+            *((b"{}", batch, told(Problem.WRONG_KEY_COLUMNS, where="key")) for batch in wrong_columns),
+            (b"{}", keys_batch(np.zeros(MAX_KEYS + 1, np.int64)), told(Problem.TOO_MANY_KEYS, value=MAX_KEYS + 1)),
+            (b'{"version": 2}', keys, told(Problem.NO_SNAPSHOT, where=wide.url, value=2)),
         ):
-            with pytest.raises(flight.FlightServerError, match=word):
+            with pytest.raises(flight.FlightServerError, match=words):
                 exchange(command, batch)
-        with pytest.raises(flight.FlightServerError, match="no action"):
+        with pytest.raises(flight.FlightServerError, match=told(Problem.UNKNOWN_ACTION, value="stop")):
             list(client.do_action(flight.Action("stop", b"")))
         assert len(list(client.do_action(flight.Action("snapshot", b"{}")))) == 1
 
@@ -455,5 +467,5 @@ def test_requests_that_are_none(serve: Serve, wide: FeatureStore) -> None:
     ["", "127.0.0.1:1", "http://a:1", "grpc://a", "grpc://a:x", "grpc://a:1,b:2", "grpc://a:1/x"],
 )
 def test_what_is_no_address_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="is not the address of a feature server"):
+    with pytest.raises(ValueError, match=told(Problem.NOT_A_SERVER_ADDRESS, where=text)):
         connect(text)

@@ -17,12 +17,14 @@ from featurestore import FeaturePartition, FeatureRows, FeatureStore, Quarantine
 from featurestore.errors import CorruptFileError
 from featurestore.format.codec import Basis, BasisOrigin, write_basis
 from featurestore.log import manifest_path
+from featurestore.problems import Problem
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin
 from featurestore.upkeep.verify import verify
 from tests.featurestore.conftest import INFO
 from tests.featurestore.contents import metadata_of
+from tests.raised import raises
 
 MASK = (1 << 64) - 1
 
@@ -166,7 +168,7 @@ def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, ki
     for path in files_of(full, kind):
         for place in flips(path, step or max(1, path.stat().st_size // 8)):
             found = verify(full, threads=1).problems
-            assert any(path.name in str(problem) for problem in found), f"byte {place} of {path}"
+            assert any(path.name in str(problem.error) for problem in found), f"byte {place} of {path}"
             assert all(problem.way_out for problem in found)
     assert verify(full).problems == []
 
@@ -179,15 +181,17 @@ def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStor
     for shard, files in manifest.shards.items():
         for entry in files:
             for place in flips(Path(store.url) / entry.path, step):
-                with pytest.raises(CorruptFileError, match=entry.path):
+                with pytest.raises(CorruptFileError) as caught:
                     FeaturePartition.load(store, shard, 2, cache / "damaged")
                     pytest.fail(f"byte {place} of {entry.path}")
+                assert caught.value.values["where"] == store.storage.full(entry.path)
     assert not list((cache / "damaged").iterdir())  # nothing half made
     for path in (Path(store.url) / manifest_path(manifest.version), Path(store.url) / "store.json"):
         for place in flips(path, max(1, step // 4)):
-            with pytest.raises(CorruptFileError, match=path.name):
+            with pytest.raises(CorruptFileError) as caught:
                 FeaturePartition.load(store.url, 0, 2, cache)
                 pytest.fail(f"byte {place} of {path}")
+            assert caught.value.values["where"] == str(path)
 
 
 @pytest.mark.long
@@ -222,7 +226,7 @@ def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) 
                 continue
             if differs:
                 found += 1
-                with pytest.raises(CorruptFileError, match="is damaged"):
+                with raises(CorruptFileError, Problem.WRONG_ROW_GROUPS, where=path, wanted=num_rows):
                     full.snapshot().shard_reader(0).keys()
                 break  # the next places are those of the same number
     finally:
@@ -246,11 +250,11 @@ def test_cut_empty_longer_and_missing_files_are_found(full: FeatureStore, kind: 
         for name, damage in DAMAGES.items():
             path.write_bytes(damage(whole))
             found = verify(full, threads=1).problems
-            assert any(path.name in str(problem) for problem in found), f"{name}: {path}"
+            assert any(path.name in str(problem.error) for problem in found), f"{name}: {path}"
         path.unlink()
         found = verify(full, threads=1).problems
         # What nothing else names is gone without a trace: a deleted pin, and an old manifest, which expires so, too.
         leaves_a_trace = kind in ("store.json", "data", "statistics", "basis")
-        assert any(path.name in str(problem) for problem in found) or not leaves_a_trace, path
+        assert any(path.name in str(problem.error) for problem in found) or not leaves_a_trace, path
         path.write_bytes(whole)
     assert verify(full).problems == []

@@ -1,6 +1,7 @@
 """Rows and their files: rounded to a store's dtype or refused, written in one block or many, read as Arrow tables."""
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +20,14 @@ from featurestore.format.datafile import matrix_of, open_entry
 from featurestore.format.shard import read_moments, write_shard_file
 from featurestore.index import nearest
 from featurestore.keys import shard_of
+from featurestore.problems import Problem
 from featurestore.spec import FileEntry, Manifest, seal, unseal
 from featurestore.staging import sorted_table
 from featurestore.storage.local import DiskFiles
 from featurestore.text import DType
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.contents import spoil
+from tests.raised import raises, told
 
 DIM = 24
 ALL_DTYPES = ["bfloat16", "float16", "float32"]
@@ -52,7 +55,7 @@ def test_neighbours_are_the_exact_ones() -> None:
 def test_what_is_not_finite_is_refused_whatever_the_dtype(dtype: DType, bad: float) -> None:
     codec, values = Codec(dtype), drawn(5)
     values[2, 7] = bad
-    with pytest.raises(InvalidRowsError, match="row 2 is not finite"):
+    with raises(InvalidRowsError, Problem.ROW_NOT_FINITE, where=2, dtype=dtype):
         codec.encode(values)
     bits, storable = codec.encode_storable(values)
     assert storable.tolist() == [True, True, False, True, True]
@@ -71,7 +74,8 @@ def test_rows_may_come_as_float32(tmp_path: Path, info: StoreInfo, dtype: DType)
     snapshot = store.commit(store.build_shards("run", range(3, 4), ["part"]), "extract")
     assert np.array_equal(snapshot.get(rows.keys_N), expected)
     values[7, 3] = np.nan
-    with pytest.raises(InvalidRowsError, match=rf"1 of 40 features are not finite.*key {rows.keys_N[7]} \('7'\)"):
+    found = {"number": 1, "count": 40, "where": rows.keys_N[7], "uri": "7"}
+    with raises(InvalidRowsError, Problem.FEATURES_NOT_FINITE, **found):
         store.put(FeatureRows.of(rows.uris, values))
 
 
@@ -102,7 +106,7 @@ def test_other_bytes_damaged_headers_and_pickles_are_refused(old: bytes, new: by
 
 @pytest.mark.parametrize("array", [np.zeros(()), np.zeros(2), np.zeros((2, 3), np.int64)])
 def test_statistics_of_another_shape_are_damaged(array: np.ndarray) -> None:
-    with pytest.raises(CorruptFileError, match="not two rows"):
+    with raises(CorruptFileError, Problem.NOT_TWO_ROWS, where="x.stats.npy", value=array.dtype, shape=array.shape):
         Moments.from_bytes(written(array), 1, "x.stats.npy")
 
 
@@ -119,15 +123,15 @@ def test_bfloat16_rounds_as_torch_does() -> None:
 def test_shape_dtype_lengths_and_uris_are_checked(info: StoreInfo) -> None:
     rows = make_rows(4, info)
     rows.validate(info)
-    with pytest.raises(InvalidRowsError, match=r"shape \(4, 7\), the store wants \(4, 8\)"):
+    with raises(InvalidRowsError, Problem.WRONG_FEATURE_SHAPE, value=(4, 7), count=4, dim=8):
         replace(rows, features_ND=rows.features_ND[:, :7]).validate(info)
-    with pytest.raises(InvalidRowsError, match=r"features are float32, the store holds bfloat16.*encode"):
+    with raises(InvalidRowsError, Problem.WRONG_FEATURE_DTYPE, value="float32", dtype="bfloat16"):
         replace(rows, features_ND=rows.features_ND.astype(np.float32)).validate(info)
-    with pytest.raises(InvalidRowsError, match="different lengths"):
+    with raises(InvalidRowsError, Problem.UNEQUAL_COLUMNS):
         replace(rows, uris=rows.uris[:3]).validate(info)
-    with pytest.raises(InvalidRowsError, match="15 bytes instead of 16"):
+    with raises(InvalidRowsError, Problem.WRONG_DIGEST_LENGTH, value=15):
         FeatureRows.of(["a"], rows.features_ND[:1], content_digests=[b"x" * 15])
-    with pytest.raises(KeyCollisionError, match=r"key 7 .*'a' and 'b'"):
+    with raises(KeyCollisionError, Problem.KEY_OF_TWO_URIS, where=7, first="a", second="b"):
         replace(make_rows(["a", "b"], info), keys_N=np.array([7, 7])).validate(info)
     make_rows(["a", "a"], info).validate(info)  # one uri twice is no mistake
 
@@ -166,11 +170,13 @@ def test_types_columns_and_the_name_of_a_damaged_file(store: FeatureStore) -> No
     assert snapshot.to_arrow(decode=False).schema.field("feature").metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}
     assert snapshot.to_arrow(["width"]).schema.names == ["width"]
     for columns in (["deleted"], ["key", "key"], [], ["x"]):
-        with pytest.raises(ValueError, match="choose from key, uri"):
+        with pytest.raises(
+            ValueError, match=told(Problem.UNKNOWN_COLUMNS, value=columns, known=re.compile("key, uri.*"))
+        ):
             snapshot.to_arrow(columns)
     path = snapshot.manifest.entries[0].path
     spoil(store, path, 230)
-    with pytest.raises(CorruptFileError, match=path):
+    with raises(CorruptFileError, Problem.DAMAGED, where=store.storage.full(path)):
         snapshot.to_arrow()
 
 
@@ -231,7 +237,7 @@ def test_statistics_are_kept_where_they_are_small_beside_the_rows(one: FeatureSt
 
 
 def test_rows_of_other_shards_are_refused_and_no_file_appears(store: FeatureStore) -> None:
-    with pytest.raises(InvalidRowsError, match="do not belong to shard 0"):
+    with raises(InvalidRowsError, Problem.STRAY_KEYS, where=0):
         write(store, sorted_table(make_rows(50, store.info), store.info))
     assert store.storage.entries("data") == []
 
@@ -254,7 +260,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(
 
     monkeypatch.setattr(DiskFiles, "open_output", flipping)
     monkeypatch.setattr("featurestore.format.shard._CHUNK_BYTES", chunk_bytes)
-    with pytest.raises(CorruptFileError, match=rf"{suffix} is damaged"):
+    with raises(CorruptFileError, Problem.DIGEST_DIFFERS, where=re.compile(rf"\{suffix}$")):
         write(one, table)
 
 
@@ -284,7 +290,7 @@ def test_a_shard_knows_its_keys_and_their_uris(store: FeatureStore, info: StoreI
 def test_a_manifest_that_names_a_huge_file_asks_for_no_memory(store: FeatureStore, size: int) -> None:
     put(store, 4)
     entry = store.snapshot().manifest.entries[0].model_copy(update={"bytes": size})
-    with pytest.raises(CorruptFileError, match=f"bytes instead of {size}"):
+    with raises(CorruptFileError, Problem.WRONG_SIZE, where=store.storage.full(entry.path), wanted=size):
         open_entry(store.storage, store.info, entry, "xxh3_128").__enter__()
 
 
@@ -294,5 +300,5 @@ def test_a_count_below_zero_is_damage(store: FeatureStore, name: str) -> None:
     shard = next(iter(manifest.shards))
     entry = manifest.shards[shard][0].model_copy(update={name: -1})
     damaged = manifest.model_copy(update={"shards": manifest.shards | {shard: (entry,)}})
-    with pytest.raises(CorruptFileError, match=f"{name}=-1"):
+    with raises(CorruptFileError, Problem.DAMAGED, where="log", reason=re.compile(rf"\b{name}=-1\b")):
         unseal(seal(damaged), Manifest, "log")

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import StorageError
+from featurestore.problems import Problem
 from featurestore.published.versions import PublishedFile, PublishedFiles, expire, open_published, publish, write_part
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from tests.faulty import FaultyStorage, preceded_by
+from tests.raised import raises
 
 FIRST = {"train/day=1.parquet": "one", "test/day=2.parquet": "two"}
 SECOND = {"train/day=1.parquet": "one", "train/day=2.parquet": "two", "test/day=3.parquet": "three"}
@@ -63,14 +65,14 @@ def test_a_version_is_a_folder_that_never_changes(storage: Storage, first: Publi
     for path in ("train/day=9.parquet", first.published.files["train/day=1.parquet"].path):
         with pytest.raises(FileNotFoundError, match="version 1, has no file"):
             first.read_bytes(path)
-    for write in (
-        lambda: first.write_bytes("train/day=1.parquet", b""),
-        lambda: first.create_exclusive("train/new", b""),
-        lambda: first.delete("train/day=1.parquet"),
-        lambda: first.delete_files(["train/day=1.parquet"]),
+    for write, path in (
+        (lambda path: first.write_bytes(path, b""), "train/day=1.parquet"),
+        (lambda path: first.create_exclusive(path, b""), "train/new"),
+        (first.delete, "train/day=1.parquet"),
+        (first.delete_files, ["train/day=1.parquet"]),
     ):
-        with pytest.raises(StorageError, match="version 1"):
-            write()
+        with raises(StorageError, Problem.ALREADY_PUBLISHED, where=first.url, file=path, version=1):
+            write(path)
 
 
 def test_plain_files_may_become_part_of_a_version(storage: Storage) -> None:

@@ -18,17 +18,16 @@ import pytest
 from featurestore import FeatureStore, StoreInfo
 from featurestore.__main__ import app
 from featurestore.errors import UnsafeBackendError
+from featurestore.problems import Problem
 from featurestore.storage import safety
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
 from tests.cli import invoke, ran
 from tests.faulty import FaultyStorage
 from tests.proxy import Fault, Proxy
+from tests.raised import raises, told
 from tests.running import spared
 from tests.servers import new_bucket
-
-IGNORED = "the condition (If-None-Match) is ignored"
-SEVERAL = "writers got the answer that they won"
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +54,18 @@ def test_writers_race_and_the_command_says_so(place: str, tmp_path: Path, reques
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(Fault.DROP_CONDITION, IGNORED), (Fault.CHECK_THEN_PUT, SEVERAL)], ids=lambda x: str(x)[:20]
+    ("fault", "reason"),
+    [(Fault.DROP_CONDITION, Problem.CONDITION_IGNORED), (Fault.CHECK_THEN_PUT, Problem.SEVERAL_WON)],
+    ids=lambda x: str(x)[:20],
 )
-def test_creates_that_race_are_refused(proxy: Proxy, info: StoreInfo, fault: Fault, reason: str) -> None:
+def test_creates_that_race_are_refused(proxy: Proxy, info: StoreInfo, fault: Fault, reason: Problem) -> None:
     url = new_bucket()
     proxy.rule = lambda request: fault if request.is_create else None
-    with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
+    with raises(UnsafeBackendError, Problem.UNSAFE_BACKEND, where=url, reason=re.compile(told(reason))):
         FeatureStore.create(url, info)
-    assert reason in str(caught.value)
     result = invoke(app, "check-backend", url, "--writers", "3", "--rounds", "5", code=1)
-    assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
+    assert re.search(told(reason), result.stderr) and result.stdout == ""
+    assert re.search(told(Problem.UNSAFE_PLACE, where=url), result.stderr)
     assert Storage(url).entries() == [], "neither a store nor files of the check"
     assert proxy.faults
 
@@ -96,24 +97,23 @@ def test_a_race_counts_where_a_create_lost_that_began_in_time(tmp_path: Path) ->
     assert (report.problems, report.num_overlapping) == ((), 3)
 
 
-FLAWS: dict[str, dict[str, Callable[..., Any]]] = {
-    "says that it exists": {
+FLAWS: dict[Problem, dict[str, Callable[..., Any]]] = {
+    Problem.NEW_FILE_EXISTS: {
         "create_exclusive": lambda create, path, data: create(path, data) and not path.endswith("first")
     },
-    "says that it made it": {"create_exclusive": lambda create, path, data: create(path, data) or True},
-    "still reads as before": {"write_bytes": lambda write, path, data: None},
-    "cannot be read right after": {"read_bytes": Mock(side_effect=FileNotFoundError)},
-    "does not show a file": {"list": lambda names, path="": []},
-    "still read or listed": {"delete": lambda delete, path: path.endswith("first") or delete(path)},
-    "in 5 of 5 races a file changed or was gone after its creation": {
-        "read_bytes": lambda read, path: read(path) + b"changed" * ("round" in path)
-    },
+    Problem.CREATE_ANSWERS_WRONG: {"create_exclusive": lambda create, path, data: create(path, data) or True},
+    Problem.OLD_CONTENT_READ: {"write_bytes": lambda write, path, data: None},
+    Problem.NEW_FILE_UNREAD: {"read_bytes": Mock(side_effect=FileNotFoundError)},
+    Problem.NEW_FILE_UNLISTED: {"list": lambda names, path="": []},
+    Problem.DELETED_FILE_SEEN: {"delete": lambda delete, path: path.endswith("first") or delete(path)},
+    Problem.CHANGED_AFTER_CREATION: {"read_bytes": lambda read, path: read(path) + b"changed" * ("round" in path)},
 }
 
 
 @pytest.mark.parametrize("reason", FLAWS)
-def test_every_flaw_is_named(tmp_path: Path, reason: str) -> None:
-    with pytest.raises(UnsafeBackendError, match=reason):
+def test_every_flaw_is_named(tmp_path: Path, reason: Problem) -> None:
+    found = re.compile(told(reason, **{"number": 5, "rounds": 5}))
+    with raises(UnsafeBackendError, Problem.UNSAFE_BACKEND, where=tmp_path, reason=found):
         refuse_unsafe(FaultyStorage(Storage(tmp_path), FLAWS[reason]))
 
 

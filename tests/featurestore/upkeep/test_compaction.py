@@ -9,12 +9,14 @@ import pytest
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.errors import CommitConflictError, CorruptFileError
+from featurestore.problems import Problem
 from featurestore.spec import FileEntry
 from featurestore.store import Snapshot
 from featurestore.upkeep.compaction import compact, merged_blocks, needs_compaction
 from tests.faulty import faulty
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.contents import metadata_of, needs, paths_in, run, spoil
+from tests.raised import raises
 
 pytestmark = pytest.mark.long
 
@@ -97,7 +99,7 @@ def test_of_two_that_share_shards_each_does_its_part(filled: FeatureStore, shard
             compact(filled, shards=shards)
 
     if shards is None:
-        with pytest.raises(CommitConflictError, match="read the newest snapshot and retry"):
+        with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
             compact(filled, progress=other)
     else:
         report = compact(filled, progress=other)
@@ -126,11 +128,12 @@ def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> Non
     path = Path(filled.url) / entry.path
     for byte in range(0, entry.bytes, entry.bytes // 40):
         spoil(filled, entry.path, byte)
-        with pytest.raises(CorruptFileError, match=entry.path):
+        with pytest.raises(CorruptFileError) as caught:
             compact(filled, shards=[5])
+        assert caught.value.values["where"] == str(path)
         spoil(filled, entry.path, byte)
     path.unlink()
-    with pytest.raises(CorruptFileError, match="missing"):
+    with raises(CorruptFileError, Problem.MISSING, where=path):
         compact(filled, shards=[5])
     assert filled.snapshot().version == 3
 

@@ -1,6 +1,7 @@
 """Expiry takes what nobody needs, and never what a kept snapshot, a reader or a writer needs, cut off or not."""
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from featurestore import FeatureStore, StoreInfo, log
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
+from featurestore.problems import Problem
 from featurestore.spec import ReductionSpec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
@@ -19,6 +21,7 @@ from featurestore.upkeep.history import Pin, move_channel, pin
 from featurestore.upkeep.verify import repair
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.contents import needs, paths_in, run, spoil
+from tests.raised import raises, told
 
 pytestmark = pytest.mark.long
 
@@ -82,7 +85,7 @@ class TestPolicy:
     @pytest.mark.parametrize("option", ["keep_last", "keep_days", "grace_days"])
     @pytest.mark.parametrize("value", [-1, float("nan")])
     def test_numbers_below_0_are_refused(self, store: FeatureStore, option: str, value: float) -> None:
-        with pytest.raises(ValueError, match=f"{option}={value}"):
+        with pytest.raises(ValueError, match=told(Problem.NEGATIVE, where=option, value=value)):
             expire(store, **{option: value})
 
 
@@ -94,7 +97,7 @@ class TestSteps:
         report = expire_to(merged, 2)
         assert (report.kept, report.expired, report.num_files) == ((3, 4), (1, 2), 0)
         assert report.num_waiting == len(going) > 0 and report.num_waiting_bytes > 0
-        with pytest.raises(SnapshotNotFoundError, match="2 has expired"):
+        with raises(SnapshotNotFoundError, Problem.EXPIRED, where=merged.url, value=2):
             merged.snapshot(2)
         age(merged, 6.9)
         assert expire_to(merged, 2).num_files == 0
@@ -175,7 +178,7 @@ class TestDamage:
             spoil(merged, path)
         before = merged.storage.entries()
         for dry_run in (True, False):
-            with pytest.raises(CorruptFileError, match="|".join(damaged)):
+            with raises(CorruptFileError, Problem.BROKEN_UNTIL_MENDED, reason=re.compile("|".join(damaged))):
                 expire_to(merged, 1, dry_run=dry_run)
         assert merged.storage.entries() == before
 

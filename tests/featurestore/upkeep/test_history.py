@@ -1,5 +1,6 @@
 """Snapshots over time: the log, times, what differs between two, restore, and pins and channels that keep them."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, errors, log
 from featurestore.flight.server import OpenSnapshots
+from featurestore.problems import Problem
 from featurestore.published.versions import read_moves, version_name
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
@@ -18,6 +20,7 @@ from featurestore.upkeep.verify import repair, verify
 from tests.faulty import faulty, made_but_lost, preceded_by
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.contents import run, spoil
+from tests.raised import raises, told
 
 
 def test_times_of_commits_never_run_backwards(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +75,7 @@ def test_a_restore_is_refused_whose_snapshot_expires_while_others_are_first(nine
         put(nine, 1, first=5)
         expire(nine, keep_last=1, keep_days=0)
 
-    with pytest.raises(errors.SnapshotNotFoundError, match="3 has expired"):
+    with raises(errors.SnapshotNotFoundError, Problem.EXPIRED, where=nine.url, value=3):
         restore(faulty(nine, create_exclusive=preceded_by(others_are_first)), 3)
 
 
@@ -90,7 +93,7 @@ def test_a_writer_that_slept_for_weeks(nine: FeatureStore, kept_by: str) -> None
 
     slow, mine = faulty(nine, create_exclusive=preceded_by(others)), make_rows(1, nine.info, first=50)
     if kept_by != "nothing":
-        with pytest.raises(errors.StorageError, match=r"cannot find out whether .*10\.json is in the log"):
+        with raises(errors.StorageError, Problem.UNKNOWN_IF_LOGGED, where=nine.storage.full(log.manifest_path(10))):
             slow.put(mine)
     else:
         assert slow.put(mine).version == 13
@@ -123,52 +126,53 @@ class TestCommands:
 class TestPins:
     def test_mistakes_and_damage_are_named(self, nine: FeatureStore, tmp_path: Path) -> None:
         assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
-        with pytest.raises(errors.PinError, match="'a' keeps snapshot 4 already"):
+        with raises(errors.PinError, Problem.NAME_TAKEN, where="a", version=4):
             pin(nine, "a", 5)
-        with pytest.raises(errors.PinError, match="no pin 'b'; it has a"):
+        with raises(errors.PinError, Problem.NO_PIN, where=nine.url, value="b", known="a"):
             unpin(nine, "b")
         for name in ("", ".hidden", "a/b", "a b", "x" * 101):
-            with pytest.raises(errors.PinError, match="not the name of a pin"):
+            with raises(errors.PinError, Problem.NOT_A_PIN_NAME, value=name):
                 pin(nine, name, 4)
-        with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 12"):
+        with raises(errors.SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=nine.url, value=12):
             pin(nine, "c", 12)
-        with pytest.raises(errors.SnapshotNotFoundError, match="0 is the empty store"):
+        with raises(errors.SnapshotNotFoundError, Problem.NOTHING_TO_PIN, where=tmp_path / "empty"):
             pin(FeatureStore.create(tmp_path / "empty", nine.info.kind), "a")
         assert [made.name for made in read_pins(nine.storage)] == ["a"]
         spoil(nine, "pins/a.json")
-        with pytest.raises(errors.CorruptFileError, match=r"pins/a\.json is damaged.*unpin .* a, and pin"):
+        found = {"reason": re.compile(r"pins/a\.json is damaged"), "hint": re.compile(f"unpin {nine.url} a, and pin")}
+        with raises(errors.CorruptFileError, Problem.BROKEN_UNTIL_MENDED, **found):
             read_pins(nine.storage)
         unpin(nine, "a")
         assert read_pins(nine.storage) == []
 
     def test_one_that_sees_the_copy_of_an_expiry_is_refused_and_not_left(self, nine: FeatureStore) -> None:
         nine.storage.write_bytes(log.manifest_path(4, log.EXPIRED), nine.storage.read_bytes(log.manifest_path(4)))
-        with pytest.raises(errors.SnapshotNotFoundError, match="expiring just now"):
+        with raises(errors.SnapshotNotFoundError, Problem.EXPIRING, where=nine.url, version=4):
             pin(nine, "late", 4)
         assert read_pins(nine.storage) == []
 
 
 def test_mistakes_with_channels_are_named(nine: FeatureStore) -> None:
     for name in ("", "19", "1st", "a/b", "../x", ".hidden", "a b", "newest", "NULL", "x" * 65):
-        with pytest.raises(errors.ChannelError, match="not the name of a channel"):
+        with raises(errors.ChannelError, Problem.NOT_A_CHANNEL_NAME, value=name):
             move_channel(nine, name, 4)
     assert nine.storage.list(log.CHANNELS) == []
-    with pytest.raises(errors.ChannelError, match=r"has no channel 'stabel'; it has none"):
+    with raises(errors.ChannelError, Problem.NO_CHANNEL, where=nine.url, value="stabel", known="none"):
         nine.snapshot("stabel")
     assert move_channel(faulty(nine, create_exclusive=made_but_lost), "stable", 4).version == 4
     assert len(read_moves(nine.storage, "stable")) == 1
     move_channel(nine, "candidate", 9)
-    with pytest.raises(errors.ChannelError, match=r"has no channel 'stabel'; it has candidate, stable"):
+    with raises(errors.ChannelError, Problem.NO_CHANNEL, value="stabel", known="candidate, stable"):
         nine.snapshot("stabel")
     remove_channel(nine, "stable")
-    with pytest.raises(errors.ChannelError, match=r"no channel 'stable'; it has candidate"):
+    with raises(errors.ChannelError, Problem.NO_CHANNEL, value="stable", known="candidate"):
         remove_channel(nine, "stable")
-    with pytest.raises(errors.SnapshotNotFoundError, match="no snapshot 99"):
+    with raises(errors.SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=nine.url, value=99):
         move_channel(nine, "stable", 99)
     # What a person types for a snapshot:
     assert (version_name("19"), version_name("-1"), version_name("stable")) == (19, -1, "stable")
     for text in ("1.5", "a/b", "", "newest"):
-        with pytest.raises(ValueError, match="neither the number"):
+        with pytest.raises(ValueError, match=told(Problem.NOT_A_VERSION, value=text)):
             version_name(text)
 
 
@@ -195,17 +199,20 @@ def test_another_commit_under_the_number_is_refused(nine: FeatureStore, tmp_path
     shutil.copytree(Path(nine.url) / "channels", backup / "channels")
     restored = FeatureStore.open(backup)
     put(restored, 1, seed=11)
-    with pytest.raises(errors.AnotherStoreError, match="points to snapshot 10 of commit"):
+    with raises(errors.AnotherStoreError, Problem.ANOTHER_COMMIT, where=backup, value="stable", version=10):
         restored.snapshot("stable")
     assert [problem.kind for problem in verify(restored).problems] == ["channel"]
 
 
 def test_a_damaged_move_is_told_stops_an_expiry_and_is_mended_by_the_next(nine: FeatureStore) -> None:
     move_channel(nine, "stable", 4)
-    (Path(nine.url) / "channels/stable" / f"{1:020d}.json").write_bytes(b"{}")
-    with pytest.raises(errors.CorruptFileError, match=r"set the channel again: crossmedia store channel"):
+    move = Path(nine.url) / "channels/stable" / f"{1:020d}.json"
+    move.write_bytes(b"{}")
+    hint = f"set the channel again: crossmedia store channel {nine.url} stable N"
+    found = {"reason": re.compile(f"^{move} is damaged"), "hint": hint}
+    with raises(errors.CorruptFileError, Problem.BROKEN_UNTIL_MENDED, **found):
         nine.snapshot("stable")
-    with pytest.raises(errors.CorruptFileError):
+    with raises(errors.CorruptFileError, Problem.BROKEN_UNTIL_MENDED, **found):
         expire(nine, keep_last=1, keep_days=0)
     assert log.versions(nine.storage) == list(range(1, 10))
     assert [problem.kind for problem in verify(nine).problems] == ["channel"]
@@ -224,14 +231,15 @@ def test_commands_of_a_day_with_channels(nine: FeatureStore) -> None:
     assert first.split()[:2] == ["candidate", "4"] and second.split()[:2] == ["stable", "7"]
     _, newest, oldest = run("channel", nine.url, "stable").output.splitlines()
     assert newest.split()[:2] == ["2", "7"] and oldest.split()[:2] == ["1", "4"]
-    told = run("info", nine.url, "--version", "stable").output
-    assert "snapshot                 7 (put)" in told
-    assert "channels                 candidate at 4, stable at 7" in told
+    info = run("info", nine.url, "--version", "stable").output
+    assert "snapshot                 7 (put)" in info
+    assert "channels                 candidate at 4, stable at 7" in info
     shown = {line.split()[0]: line.split()[-1] for line in run("log", nine.url).output.splitlines()[1:]}
     assert (shown["7"], shown["4"]) == ("stable", "candidate")
     assert "snapshot candidate to stable" in run("diff", nine.url, "candidate", "stable").output
     assert run("channel", nine.url, "candidate", "--remove").output == "candidate is not a channel any more\n"
-    assert "no channel 'candidate'; it has stable" in run("info", nine.url, "--version", "candidate").output
+    gone = told(Problem.NO_CHANNEL, where=nine.url, value="candidate", known="stable")
+    assert re.search(gone, run("info", nine.url, "--version", "candidate").output)
 
 
 def test_a_snapshot_that_expires_while_the_log_is_listed_is_left_out(

@@ -1,5 +1,6 @@
 """Takedowns: rows leave all snapshots and files, on S3 too, wherever it is cut off; the proof finds what is left."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
+from featurestore.problems import Problem
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import move_aside
 from featurestore.upkeep.history import move_channel, pin, read_pins, restore, unpin
@@ -18,6 +20,7 @@ from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage, faulty
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.contents import GONE, IMAGES, contents, run, without
+from tests.raised import raises, told
 
 pytestmark = pytest.mark.long
 NUM_SHARDS = 4
@@ -108,9 +111,9 @@ class TestReaders:
         cached = FeaturePartition.load(filled.url, cache_dir=tmp_path / "cache", version=4)
         key = key_of_uri(GONE[1])
         purge(filled)
-        with pytest.raises(CorruptFileError, match="is missing"):
+        with raises(CorruptFileError, Problem.MISSING):
             old.get([key])
-        with pytest.raises(SnapshotNotFoundError, match="has expired"):
+        with raises(SnapshotNotFoundError, Problem.EXPIRED, where=filled.url, value=4):
             filled.snapshot(4)
         with cached:
             assert cached.lookup(np.array([key])).features_UD[0].tobytes() == before[GONE[1]]  # docs: empty the caches
@@ -119,10 +122,11 @@ class TestReaders:
         pin(filled, "model", 2)
         move_channel(filled, "stable", 4)
         files = [entry.path for entry in filled.storage.entries()]
-        with pytest.raises(PinError, match=r"pin model \(snapshot 2\), channel stable \(snapshot 4\): unpin"):
+        keepers = "pin model (snapshot 2), channel stable (snapshot 4)"
+        with raises(PinError, Problem.ROWS_KEPT, where=filled.url, keepers=keepers):
             purge(filled)
         unpin(filled, "model")
-        with pytest.raises(PinError, match=r"kept by channel stable \(snapshot 4\)"):
+        with raises(PinError, Problem.ROWS_KEPT, where=filled.url, keepers="channel stable (snapshot 4)"):
             purge(filled, dry_run=True)
         move_channel(filled, "stable", 5)
         assert {entry.path for entry in filled.storage.entries()} - {*files} == {f"channels/stable/{2:020}.json"}
@@ -168,7 +172,8 @@ class TestRows:
     def test_a_damaged_file_of_the_newest_snapshot_stops_it(self, filled: FeatureStore) -> None:
         entry = filled.snapshot().manifest.entries[0]
         (Path(filled.url) / entry.path).write_bytes(b"PAR1 no parquet")
-        with pytest.raises(CorruptFileError, match=r"repair .*, and purge again"):
+        found = {"reason": re.compile(entry.path), "hint": re.compile(f"repair {filled.url}, and purge again")}
+        with raises(CorruptFileError, Problem.BROKEN_UNTIL_MENDED, **found):
             purge(filled)
         assert filled.snapshot().version == 5
 
@@ -225,7 +230,8 @@ def test_a_purge_names_what_had_no_row_in_any_file(filled: FeatureStore, tmp_pat
     assert "11 of 12 keys had no row in any file: 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 1 more;" in many.output
     file.write_text("\n5\nbag/1.jpg\n")
     wrong = run("purge", filled.url, "--keys", file, code=2).output
-    assert "'bag/1.jpg' is not a whole number; if these are uris, give them by --uris" in wrong
+    reason = re.compile(told(Problem.NOT_WHOLE, value="bag/1.jpg"))
+    assert re.search(told(Problem.NOT_A_LIST, where=file, reason=reason), wrong)
 
 
 def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore) -> None:
@@ -247,5 +253,5 @@ def test_keys_and_uris(tmp_path: Path) -> None:
     assert read_images(file, "uri").uris == read_images(file).uris == {"a.jpg", "5"}
     for text in ("", "x\n", "1.5\n", f"{2**63}\n"):
         file.write_text(text)
-        with pytest.raises(KeyFileError, match=r"names\.txt is not a file of keys: "):
+        with raises(KeyFileError, Problem.NOT_A_LIST, where=file, wanted="keys"):
             read_images(file, "key")

@@ -25,6 +25,7 @@ from featurestore.errors import (
     StoreNotFoundError,
     UnsafeBackendError,
 )
+from featurestore.problems import Problem
 from featurestore.spec import FileEntry
 from featurestore.storage.storage import Storage
 from featurestore.text import DType
@@ -34,6 +35,7 @@ from featurestore.upkeep.remake import CoMoments, principal_components, read_rep
 from featurestore.upkeep.verify import verify
 from tests.featurestore.conftest import put
 from tests.featurestore.contents import metadata_of, run, spoil
+from tests.raised import raises
 
 pytestmark = pytest.mark.long
 
@@ -163,27 +165,29 @@ def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp
 
 
 def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
-    def refused(match: str, store: FeatureStore = source, dims: int = 8, place: str = "new") -> None:
-        with pytest.raises((InvalidRowsError, StoreExistsError), match=match):
+    def refused(problem: Problem, store: FeatureStore = source, dims: int = 8, place: str = "new", **told: Any) -> None:
+        kind = StoreExistsError if place != "new" else InvalidRowsError
+        with raises(kind, problem, **{"where": store.url, **told}):
             remake(store, tmp_path / place, dims=dims)
         assert not (tmp_path / "new").exists() or Storage(tmp_path / "new").entries() == []
 
-    refused("dims=41: .*source has rows of 40 numbers; choose 1 to 40", dims=41)
-    refused("the source itself", place="source")
-    refused("source/data/small is inside the source", place="source/data/small")
+    refused(Problem.TOO_MANY_DIMS, dims=41, value=41, dim=40)
+    refused(Problem.IS_THE_SOURCE, place="source")
+    refused(Problem.INSIDE_THE_SOURCE, place="source/data/small", where=tmp_path / "source/data/small")
     empty = FeatureStore.create(tmp_path / "empty", source.info.model_copy(update={"store_id": ""}))
-    refused("has 0 rows", empty)
+    refused(Problem.TOO_FEW_ROWS, empty, rows=0)
     empty.put(rows_of(0, 6))
-    refused("has 6 rows, which vary in 5 directions at most", empty, 6)
+    refused(Problem.TOO_FEW_ROWS, empty, 6, value=6, rows=6, limit=5)
     flat = FeatureStore.create(tmp_path / "flat", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
     flat.put(FeatureRows.of([f"{i}" for i in range(50)], np.ones((50, DIM), np.float32)))
-    refused("vary in 0 directions alone", flat)
+    refused(Problem.TOO_FEW_DIRECTIONS, flat, limit=0)
     plane = FeatureStore.create(tmp_path / "plane", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
     two = np.random.default_rng(0).integers(-8, 8, (50, 2)).astype(np.float32)
     plane.put(FeatureRows.of([f"{i}" for i in range(50)], np.tile(two, DIM // 2)))
-    refused("vary in 2 directions alone: choose no more", plane, 3)
+    refused(Problem.TOO_FEW_DIRECTIONS, plane, 3, value=3, limit=2)
     assert remake(plane, tmp_path / "plane2", dims=2).variance_kept == pytest.approx(1)
-    with pytest.raises(InvalidRowsError, match=r"plane2 is compact already, float32, 2 of 40 numbers"):
+    found = {"where": tmp_path / "plane2", "value": "float32, 2 of 40 numbers"}
+    with raises(InvalidRowsError, Problem.COMPACT_ALREADY, **found):
         remake(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", dims=1)
 
 
@@ -196,17 +200,19 @@ def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> No
     entry = b.snapshot().manifest.entries[0]
     shard = next(shard for shard, files in b.snapshot().manifest.shards.items() if entry in files)
     (tmp_path / "a" / entry.path).write_bytes((tmp_path / "b" / entry.path).read_bytes())
-    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
+    differs = re.compile(r"reduction\.sha256 is .* instead of")
+    with raises(SpecMismatchError, Problem.ANOTHER_KIND, value=differs):
         a.commit({shard: entry}, "copied")
-    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256"):
+    with raises(SpecMismatchError, Problem.ANOTHER_KIND, where=re.compile(a.url), value=differs):
         FeatureStore.open_or_create(a.url, b.info)
     manifest = b.snapshot().manifest
     a.storage.write_bytes("log/00000000000000000002.json", b.storage.read_bytes(f"log/{manifest.version:020}.json"))
     with pytest.raises((SpecMismatchError, CorruptFileError)):
         FeaturePartition.load(a.url, rank=0, num_ranks=1, cache_dir=tmp_path / "cache")
-    with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as float32, 8 of 40 numbers"):
+    made = {"version": 3, "source": source.url, "value": "float32, 8 of 40 numbers"}
+    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, where=a.url, **made):
         remake(source, tmp_path / "a", dims=8)
-    with pytest.raises(StoreExistsError, match="is a store already"):
+    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, where=b.url):
         remake(source, tmp_path / "b", dims=9)
 
 
@@ -301,12 +307,13 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
     report = remake(source, tmp_path / "new", dtype="bfloat16")
     files = sorted((tmp_path / "new").rglob("*"))
     assert remake(source, tmp_path / "new", dtype="bfloat16") == report
-    with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as bfloat16"):
+    made = {"where": tmp_path / "new", "version": 3, "source": source.url, "value": re.compile("^bfloat16")}
+    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, **made):
         remake(source, tmp_path / "new", dtype="float16")
     source.put(rows_of(2000, 10))
-    with pytest.raises(StoreExistsError, match="made of snapshot 3"):
+    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, **made):
         remake(source, tmp_path / "new", dtype="bfloat16")
-    with pytest.raises(SnapshotNotFoundError, match="9"):
+    with raises(SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=source.url, value=9):
         remake(source, tmp_path / "more", dtype="bfloat16", version=9)
     assert sorted((tmp_path / "new").rglob("*")) == files
     assert remake(source, tmp_path / "first", dtype="bfloat16", version=1).num_rows == ROWS
@@ -321,14 +328,12 @@ def test_rows_put_meanwhile_stay(source: FeatureStore, tmp_path: Path, monkeypat
         return write(storage, info, shard, *arguments)
 
     monkeypatch.setattr(module, "write_shard_file", others_put)
-    with pytest.raises(CommitConflictError, match="has snapshot 1, and not 0"):
+    with raises(CommitConflictError, Problem.ANOTHER_NEWEST, where=tmp_path / "new", value=1, wanted=0):
         remake(source, tmp_path / "new", dtype="bfloat16")
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().num_rows == 5
-    with pytest.raises(
-        StoreExistsError, match=r"new is a store already: name"
-    ):  # though the report says what was asked
-        remake(source, tmp_path / "new", dtype="bfloat16")
+    with raises(StoreExistsError, Problem.STORE_IN_THE_WAY, where=tmp_path / "new"):
+        remake(source, tmp_path / "new", dtype="bfloat16")  # though the report says what was asked
 
 
 def test_what_cannot_be_remade_is_said(
@@ -337,22 +342,22 @@ def test_what_cannot_be_remade_is_said(
     bad = rows_of(3000, 1)
     bad.features_ND[0, 4] = 1e6
     source.put(bad)
-    with pytest.raises(InvalidRowsError, match=r"3000\.jpg and others have numbers that float16 cannot hold"):
+    with raises(InvalidRowsError, Problem.BEYOND_DTYPE, where=re.compile(r"3000\.jpg$"), dtype="float16"):
         remake(source, tmp_path / "half", dtype="float16")
     empty = FeatureStore.create(tmp_path / "empty", info)
     report = remake(empty, tmp_path / "bits", dtype="float32")
     assert report.num_rows == 0 and report.accuracy.recall_at_10 is None and report.accuracy.relative_error_p99 is None
     entry = source.snapshot().manifest.files(2)[0]
     spoil(source, entry.path)
-    with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
+    with raises(CorruptFileError, Problem.DIGEST_DIFFERS, where=source.storage.full(entry.path)):
         remake(source, tmp_path / "broken", dtype="bfloat16")
-    with pytest.raises(StoreNotFoundError):
+    with raises(StoreNotFoundError, Problem.NO_STORE, where=tmp_path / "broken"):
         FeatureStore.open(tmp_path / "broken")
     spoil(source, entry.path)  # back
     monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
     bad.features_ND[0, 3] = np.nan
     source.put(bad)
-    with pytest.raises(InvalidRowsError, match=r"shard \d of .*source has numbers that are not finite"):
+    with raises(InvalidRowsError, Problem.SHARD_NOT_FINITE, where=source.url, shard=re.compile(r"^\d$")):
         remake(source, tmp_path / "new", dims=8)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from featurestore.errors import (
 from featurestore.format.datafile import encode, schema_of, table_of
 from featurestore.format.shard import newest_rows
 from featurestore.log import EXPIRED, manifest_path, versions
+from featurestore.problems import Problem
 from featurestore.spec import FileEntry, Manifest, Sealed, seal, unseal
 from featurestore.storage.local import DiskFiles
 from featurestore.upkeep import verify as verify_module
@@ -38,10 +40,13 @@ from featurestore.upkeep.verify import RepairReport, readable_keys, repair, veri
 from tests.faulty import Fault, faulty, preceded_by
 from tests.featurestore.conftest import make_rows, put
 from tests.featurestore.contents import SHARD, check_whole, everything, files_of, leave_in_expired, run, spoil
+from tests.raised import compare, raises, told
 
 
-def problems_of(store: FeatureStore) -> list[str]:
-    return [str(problem) for problem in verify(store).problems]
+def has(store: FeatureStore, problem: Problem, **values: object) -> bool:
+    """Whether this is among the problems that verify finds, with these values."""
+    found = [each.error for each in verify(store).problems if each.error.problem is problem]
+    return any({name: error.values[name] for name in values} == values for error in found)
 
 
 def test_a_whole_store_has_no_problem(filled: FeatureStore) -> None:
@@ -63,11 +68,12 @@ def test_files_of_older_snapshots_are_checked_once_and_told_apart(filled: Featur
     report = verify(filled)
     (problem,) = report.problems
     assert problem.path == old.path and problem.versions[0] == 1 and 5 not in problem.versions
-    assert "The newest snapshot is whole" in str(problem)
+    compare(problem.error, Problem.DIGEST_DIFFERS, where=filled.storage.full(old.path))
+    assert "The newest snapshot is whole" in problem.way_out
     assert [found.path for found in verify(filled, 1).problems] == [old.path]
     assert verify(filled, 5).problems == []
     run("verify", filled.url, "--version", 5, code=0)
-    with pytest.raises(SnapshotNotFoundError, match="no snapshot 9"):
+    with raises(SnapshotNotFoundError, Problem.NO_SNAPSHOT_TO_VERIFY, where=filled.url, value=9):
         verify(filled, 9)
 
 
@@ -104,7 +110,7 @@ def test_an_unreadable_sector_is_damage(filled: FeatureStore, monkeypatch: pytes
     for method in ("read_bytes", "read_into"):
         monkeypatch.setattr(DiskFiles, method, failing(getattr(DiskFiles, method)))
     for look in (verify, repair):
-        with pytest.raises(StorageError, match="Permission denied"):
+        with raises(StorageError, Problem.REFUSED, where=place, reason="Permission denied"):
             look(filled)
     code = errno.EIO
     assert str(place.relative_to(filled.url)) in {problem.path for problem in verify(filled).problems}
@@ -121,10 +127,10 @@ def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> 
     pin(filled, "mine", 1)
     pins = Path(filled.url) / "pins"
     (pins / "other.json").write_bytes((pins / "mine.json").read_bytes())
-    assert any("is the pin 'mine'" in problem and "unpin" in problem for problem in problems_of(filled))
+    assert has(filled, Problem.ANOTHER_PIN, where=str(pins / "other.json"), value="mine")
     (pins / "other.json").unlink()
     (Path(filled.url) / manifest_path(1)).unlink()
-    assert any("keeps snapshot 1, which is not there" in problem for problem in problems_of(filled))
+    assert has(filled, Problem.PIN_OF_NOTHING, where=str(pins / "mine.json"), version=1)
 
 
 def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore) -> None:
@@ -132,12 +138,12 @@ def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore) -> 
     second = Path(filled.url) / manifest_path(2)
     whole = second.read_bytes()
     second.unlink()  # as an expiry with a pin on 1 leaves it
-    assert problems_of(filled) == []
+    assert verify(filled).problems == []
     manifest = unseal(whole, Manifest, "x")
     second.write_bytes(seal(manifest.model_copy(update={"commit_id": "50e0" * 8})))
-    assert any("does not follow" in problem for problem in problems_of(filled))
+    assert has(filled, Problem.FOLLOWS_ANOTHER, where=filled.storage.full(manifest_path(3)))
     second.write_bytes(seal(manifest.model_copy(update={"file_rows": 1})))
-    assert any("counts other files, rows or bytes" in problem for problem in problems_of(filled))
+    assert has(filled, Problem.WRONG_COUNTS, where=str(second))
 
 
 @pytest.mark.parametrize(("name", "model"), [("store.json", StoreInfo), (manifest_path(3), Manifest)])
@@ -145,7 +151,7 @@ def test_a_file_of_a_newer_program_asks_for_an_update(filled: FeatureStore, name
     path = Path(filled.url) / name
     path.write_bytes(seal(unseal(path.read_bytes(), model, "x").model_copy(update={"format_version": 2})))
     for look in (verify, repair):
-        with pytest.raises(FormatVersionError, match="format 2"):
+        with raises(FormatVersionError, Problem.FORMAT_TOO_NEW, where=path, value=2):
             look(filled)
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), "format_version": 1}).encode())
     assert [problem.kind for problem in verify(filled).problems] == [{"store.json": "info"}.get(name, "manifest")]
@@ -168,21 +174,22 @@ def rewritten(store: FeatureStore, change: Callable[[pa.Table], pa.Table], shard
     log.write_bytes(seal(manifest.model_copy(update={"shards": shards, **sums})))
 
 
-BROKEN_PROMISES: dict[str, Callable[[pa.Table], pa.Table]] = {
-    "not in the order": lambda table: table.take(list(range(len(table)))[::-1]),
-    "a key twice": lambda table: table.take([0, *range(len(table))]),
-    "tombstones instead of 0": lambda table: table.set_column(6, "deleted", pa.array([True] * len(table))),
+BROKEN_PROMISES: dict[Problem, Callable[[pa.Table], pa.Table]] = {
+    Problem.HOLDS_NO_ORDER: lambda table: table.take(list(range(len(table)))[::-1]),
+    Problem.HOLDS_KEY_TWICE: lambda table: table.take([0, *range(len(table))]),
+    Problem.WRONG_TOMBSTONES: lambda table: table.set_column(6, "deleted", pa.array([True] * len(table))),
 }
 
 
 @pytest.mark.parametrize("promise", BROKEN_PROMISES)
-def test_broken_promises_are_found_where_all_digests_fit(store: FeatureStore, promise: str, tmp_path: Path) -> None:
+def test_broken_promises_are_found_where_all_digests_fit(store: FeatureStore, promise: Problem, tmp_path: Path) -> None:
     put(store, 200)
     rewritten(store, BROKEN_PROMISES[promise])
-    found = problems_of(store)
-    assert len(found) == 1 and promise in found[0] and files_of(store)[0].path in found[0]
-    if "tombstones" not in promise:
-        with pytest.raises(CorruptFileError, match="shard 3"):
+    (found,) = verify(store).problems
+    wanted = {"wanted": 0} if promise is Problem.WRONG_TOMBSTONES else {}
+    compare(found.error, promise, where=store.storage.full(files_of(store)[0].path), **wanted)
+    if not wanted:
+        with raises(CorruptFileError, Problem.SHARD_OUT_OF_ORDER, shard=3, where=store.url):
             FeaturePartition.load(store, cache_dir=tmp_path / "cache")
 
 
@@ -191,10 +198,10 @@ def test_a_foreign_shard_and_values_that_are_not_finite_are_found(store: Feature
     strange = rows.take(np.flatnonzero(shard_of(rows.keys_N, 8) == 4))
     strange = strange.take(newest_rows(strange.keys_N))
     rewritten(store, lambda table: table_of(strange, store.info))
-    assert any(f"{len(strange)} keys that do not belong to shard 3" in problem for problem in problems_of(store))
+    assert has(store, Problem.HOLDS_STRAY_KEYS, value=len(strange), shard=3)
     infinite = replace(strange, features_ND=np.full_like(strange.features_ND, 0x7F80))
     rewritten(store, lambda table: table_of(infinite, store.info), shard=4)
-    assert any(f"{len(strange)} features that are not finite" in problem for problem in problems_of(store))
+    assert has(store, Problem.HOLDS_NOT_FINITE, value=len(strange))
 
 
 def test_two_uris_of_one_key_without_a_delete_are_found(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,12 +210,12 @@ def test_two_uris_of_one_key_without_a_delete_are_found(store: FeatureStore, mon
     store.put(rows)
     store.delete(rows.keys_N)
     store.put(other)
-    assert problems_of(store) == []
+    assert verify(store).problems == []
     monkeypatch.setattr("featurestore.format.shard.ShardReader.check_uris", lambda *_: None)
     store.put(rows)
     store.put(rows)
-    found = problems_of(store)
-    assert len(found) == 1 and f"1 keys belong to two uris, {rows.keys_N[0]} is one" in found[0]
+    (found,) = verify(store).problems
+    compare(found.error, Problem.KEYS_OF_TWO_URIS, where=store.url, number=1, value=rows.keys_N[0])
 
 
 def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStore) -> None:
@@ -216,7 +223,8 @@ def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStor
     spoil(filled, files_of(filled)[0].path)
     done = run("verify", filled.url, code=1)
     assert done.output.count("broken: ") == 1 and "1 problem in" in done.output
-    assert f"{files_of(filled)[0].path} is damaged" in done.output and f"repair {filled.url}`" in done.output
+    where = filled.storage.full(files_of(filled)[0].path)
+    assert re.search(told(Problem.DIGEST_DIFFERS, where=where), done.output) and f"repair {filled.url}`" in done.output
     (Path(filled.url) / "store.json").write_bytes(b"{}")
     done = run("verify", filled.url, code=1)
     assert "broken: " in done.output and "rebuilds it from a data file" in done.output
@@ -314,7 +322,7 @@ def test_a_commit_that_a_repair_took_as_the_newest_good_one_stays(filled: Featur
             left.pop()()
         return answer
 
-    with pytest.raises(StorageError, match="cannot find out whether"):
+    with raises(StorageError, Problem.UNKNOWN_IF_LOGGED, where=filled.storage.full(manifest_path(4))):
         faulty(filled, create_exclusive=made).put(mine)
     assert set(mine.keys_N.tolist()) <= set(everything(filled)) and filled.snapshot(4).version == 4
 
@@ -322,7 +330,7 @@ def test_a_commit_that_a_repair_took_as_the_newest_good_one_stays(filled: Featur
 def test_a_restore_meanwhile_makes_it_begin_again(filled: FeatureStore) -> None:
     """What newer files decided is no longer decided: the damaged file's keys need other tombstones."""
     spoil_features(filled, files_of(filled)[1])
-    with pytest.raises(CommitConflictError, match=r"data/0003/.* meanwhile: read the newest snapshot and retry"):
+    with raises(CommitConflictError, Problem.REPLACED_MEANWHILE, where=re.compile("data/0003/")):
         repair(faulty(filled, create_exclusive=preceded_by(lambda: restore(filled, 2))))
     assert repair(filled).version == 5 and verify(filled).problems == []
 
@@ -356,7 +364,7 @@ def test_a_damaged_file_of_old_snapshots_is_noted(filled: FeatureStore, tmp_path
     assert repair(filled).version is None and filled.snapshot().version == 4
     report = verify(filled)
     assert report.problems == [] and [known.path for known in report.known] == [base.path]
-    with pytest.raises(CorruptFileError, match=base.path):
+    with raises(CorruptFileError, Problem.DIGEST_DIFFERS, where=filled.storage.full(base.path)):
         FeaturePartition.load(filled, version=1, cache_dir=tmp_path)
     spoil(filled, f"damaged/{filled.storage.list('damaged')[0]}")
     assert len(verify(filled).problems) == 1  # a note that is damaged counts for nothing
@@ -379,7 +387,7 @@ def test_damaged_statistics_are_dropped(store: FeatureStore, tmp_path: Path) -> 
 def test_without_a_good_manifest_a_backup_is_asked_for(store: FeatureStore) -> None:
     put(store, 10)
     spoil(store, manifest_path(1))
-    with pytest.raises(CorruptFileError, match="from a backup"):
+    with raises(CorruptFileError, Problem.NO_GOOD_MANIFEST, where=store.url):
         repair(store)
 
 
@@ -429,7 +437,7 @@ def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
 def test_a_damaged_newest_manifest_gives_way_to_the_one_before(filled: FeatureStore, tmp_path: Path) -> None:
     before = everything(filled, 2)
     spoil(filled, manifest_path(3))
-    with pytest.raises(CorruptFileError):
+    with raises(CorruptFileError, Problem.WRONG_DIGEST, where=filled.storage.full(manifest_path(3))):
         filled.snapshot()
     report = repair(filled)
     assert report.version == 4 and "what 3 had changed is lost" in report.actions[0]
@@ -483,7 +491,7 @@ def test_a_manifest_that_comes_late_to_the_number_of_a_damaged_one_is_not_repair
     repair(filled)
     filled.storage.write_bytes(manifest_path(3), seal(late))
     (found,) = verify(filled).problems
-    assert "has the number of a manifest that was moved away" in str(found)
+    compare(found.error, Problem.NUMBER_GIVEN_AWAY, where=filled.storage.full(manifest_path(3)))
     spoil(filled, manifest_path(4))
     repair(filled)
     assert versions(filled.storage) == [1, 2, 5] and everything(filled) == before
@@ -510,9 +518,10 @@ def test_a_manifest_whose_files_are_gone_stays_in_expired(filled: FeatureStore) 
 @pytest.mark.parametrize("version", [5, 2**40])
 def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, version: int) -> None:
     filled.storage.write_bytes(manifest_path(version), filled.storage.read_bytes(manifest_path(3)))
-    with pytest.raises(CorruptFileError, match="is the manifest of version 3"):
+    stray = {"where": filled.storage.full(manifest_path(version)), "value": 3}
+    with raises(CorruptFileError, Problem.ANOTHER_MANIFEST, **stray):
         filled.snapshot()
-    with pytest.raises(CorruptFileError):  # no commit goes behind it
+    with raises(CorruptFileError, Problem.ANOTHER_MANIFEST, **stray):  # no commit goes behind it
         put(filled, 5)
     assert versions(filled.storage) == [1, 2, 3, version]
     before = filled.snapshot(3).manifest.shards
@@ -543,7 +552,7 @@ def test_none_goes_from_above_an_older_file_whose_rows_it_may_delete(layered: Fe
     layered.delete(make_rows(60, layered.info).keys_N)
     files = layered.snapshot().manifest.files(2)
     for gone in (files[1:], [files[0], files[2]], files[-1:]):
-        with pytest.raises(CommitConflictError):
+        with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
             layered.commit({}, "x", replaces={2: gone})
     assert layered.snapshot().manifest.files(2) == files and layered.snapshot().num_rows == 0
 
@@ -552,9 +561,9 @@ def test_a_new_one_in_the_middle_keeps_its_place(layered: FeatureStore) -> None:
     files = layered.snapshot().manifest.files(2)
     entry = layered.write(make_rows(80, layered.info, seed=6))[2]
     assert len(files) == 4
-    with pytest.raises(CommitConflictError):
+    with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
         layered.commit({2: entry.model_copy(update={"kind": "base"})}, "x", replaces={2: files[1:3]})
-    with pytest.raises(CommitConflictError):
+    with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
         layered.commit({2: entry}, "x", replaces={2: [files[1], files[3]]})
     snapshot = layered.commit({2: entry}, "x", replaces={2: files[1:3]})
     assert [(file.path, file.kind) for file in snapshot.manifest.files(2)] == [

@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, Snapshot, key_of_uri
 from featurestore import log as manifests
 from featurestore.errors import SnapshotNotFoundError
+from featurestore.problems import Problem
 from featurestore.text import DType
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
@@ -36,6 +37,7 @@ from featurestore.upkeep.verify import verify
 from tests.featurestore.conftest import INFO
 from tests.featurestore.contents import days_later, metadata_of
 from tests.fuse import Fuse, small_process
+from tests.raised import raises
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
 Contents = dict[int, tuple[int, ...]]
@@ -149,7 +151,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.model = dict(self.past[version])
             self.committed(restore(self.store, version).version)
         else:
-            with pytest.raises(SnapshotNotFoundError):
+            with raises(SnapshotNotFoundError, Problem.EXPIRED, where=self.store.url, value=version):
                 restore(self.store, version)
 
     @rule(back=st.integers(0, 5), ahead=st.integers(0, 5))
@@ -214,7 +216,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert manifests.versions(self.store.storage) == sorted(self.kept - {0})
         version = max(0, max(self.past) - back)
         if version not in self.kept:
-            with pytest.raises(SnapshotNotFoundError, match="has expired"):
+            with raises(SnapshotNotFoundError, Problem.EXPIRED, where=self.store.url, value=version):
                 self.store.snapshot(version)
         elif version:
             self.check(self.store.snapshot(version))
