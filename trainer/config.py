@@ -153,7 +153,7 @@ TableConfig = Annotated[
     pydantic.Discriminator(
         _kind_of_table,
         custom_error_type="kind_of_table",
-        custom_error_message="it should be a number of rows, or {kind: exact, max_rows: NUMBER}",
+        custom_error_message=Problem.NOT_TABLE_ROWS.of(),
     ),
 ]
 
@@ -567,7 +567,7 @@ class Difference:
 
     def text(self, there: str) -> str:
         """Format both values; `there` names the second record."""
-        return f"{self.name} is {self.here!r} here, {self.there!r} {there}"
+        return Problem.SETTING_DIFFERS.of(self.name, self.here, self.there, there)
 
 
 def differences(

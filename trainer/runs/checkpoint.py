@@ -147,7 +147,7 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
     except FileNotFoundError as failure:
         raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_DAMAGED, file, failure) from failure
     except CorruptFileError as failure:
-        raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_BAD, file, failure) from failure
+        raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_BAD, failure) from failure
     except FormatVersionError as failure:
         raise errors.CheckpointError(*failure.args) from failure
     except (OSError, StorageError) as failure:
