@@ -23,6 +23,7 @@ from featurestore.console.commandline import OK, STOPPED, say_error
 from featurestore.console.page import current_page
 from featurestore.errors import FAILED, UserError
 from trainer.errors import LostRankError
+from trainer.problems import Problem
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -35,7 +36,7 @@ def counts_of(text: str) -> tuple[int, ...]:
     """Parse the value of an option with counts, as 8,20,40, ascending. Raises BadParameter."""
     found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(found) < 1:
-        raise typer.BadParameter(f"{text}: write whole numbers from 1 on with commas between them, as 10,100")
+        raise typer.BadParameter(Problem.NOT_COUNTS.of(text))
     return tuple(sorted(set(found)))
 
 

@@ -28,6 +28,7 @@ from featurestore.published.versions import check_channel_name
 from featurestore.spec import MissingPolicy, differing
 from featurestore.text import near_match, without_passwords
 from trainer.errors import ConfigError, TrainerError
+from trainer.problems import Problem
 
 KIND = "kind:"
 """The beginning of the tag of one kind of a value that may be of several; a message does not show it."""
@@ -81,17 +82,17 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
     name = ".".join(path)
     match details["type"]:
         case "extra_forbidden":
-            known = _names_at(model, path[:-1])
-            return f"{name} is unknown; {near_match(path[-1], known, '.'.join([*path[:-1], '']).lstrip('.'))}"
+            prefix = ".".join([*path[:-1], ""]).lstrip(".")
+            return Problem.SETTING_UNKNOWN.of(name, near_match(path[-1], _names_at(model, path[:-1]), prefix))
         case "missing":
-            return f"{name} is missing"
+            return Problem.SETTING_MISSING.of(name)
         case "model_type" | "model_attributes_type":
-            return f"{name or 'the file'}={details['input']!r} has to be a mapping of names to values"
+            return Problem.SETTING_NOT_A_MAPPING.of(name or "the file", details["input"])
         case _:
             message = details["msg"].removeprefix("Value error, ").replace("Input should", "it should")
             if not name or (details["type"] == "value_error" and isinstance(details["input"], Mapping)):
                 return message  # concerns several fields, which its message names
-            return without_passwords(f"{name}={details['input']!r}: {message}")
+            return without_passwords(Problem.SETTING_WRONG.of(name, details["input"], message))
 
 
 def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -152,7 +153,7 @@ TableConfig = Annotated[
     pydantic.Discriminator(
         _kind_of_table,
         custom_error_type="kind_of_table",
-        custom_error_message="it should be a number of rows, or {kind: exact, max_rows: NUMBER}",
+        custom_error_message=Problem.NOT_TABLE_ROWS.of(),
     ),
 ]
 
@@ -224,35 +225,27 @@ class ModelConfig(Section):
         ours = get_args(BaseNet)
         if value in ours or (isinstance(value, str) and _DOTTED.fullmatch(value)):
             return value
-        raise ValueError(
-            f"it should be {', '.join(map(repr, ours))}, or the dotted path of a class of your own, as mypackage.MyNet"
-        )
+        raise ValueError(Problem.NOT_A_NET.of(", ".join(map(repr, ours))))
 
     @pydantic.field_validator("pooling")
     @classmethod
     def _queries_there(cls, value: str, info: pydantic.ValidationInfo) -> str:
         if value == "multi_query" and info.data.get("images") == "behavior":
-            raise ValueError(
-                "it queries with the ad image and with the ad's IDs; set model.images=both, "
-                "or model.pooling=attentive, which without an ad image queries with the ad's IDs"
-            )
+            raise ValueError(Problem.POOLING_WITHOUT_AD_IMAGE.of())
         return value
 
     @pydantic.model_validator(mode="after")
     def _new_ads_are_distinct(self) -> "ModelConfig":
         if self.image_dropout and self.id_init_std > LARGEST_UNTRAINED:
-            raise ValueError(
-                f"model.image_dropout={self.image_dropout} takes an ad for new while its ID rows lie where rows start, "
-                f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
-                f"{LARGEST_UNTRAINED} or less"
-            )
+            values = self.image_dropout, self.id_init_std, LARGEST_UNTRAINED
+            raise ValueError(Problem.IMAGE_DROPOUT_NEEDS_SMALL_START.of(*values))
         return self
 
     @pydantic.field_validator("table_shards")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
-            raise ValueError("it has to be a power of two, as 64")
+            raise ValueError(Problem.NOT_A_POWER_OF_TWO.of())
         return value
 
 
@@ -295,7 +288,7 @@ def _version(value: Any) -> int | str:
         except ChannelError as failure:
             raise ValueError(str(failure)) from failure
     if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < 2**63:
-        raise ValueError(f"{value!r} is neither the number of a snapshot, from 0 on, nor the name of a channel")
+        raise ValueError(Problem.NOT_A_SNAPSHOT.of(value))
     return int(value)
 
 
@@ -304,7 +297,7 @@ Version = Annotated[int | str, pydantic.BeforeValidator(_version)]
 
 def _without_password(value: str) -> str:
     if without_passwords(value) != value:
-        raise ValueError("an address with a password would be shown by reports and logs; give it without")
+        raise ValueError(Problem.PASSWORD_IN_SETTING.of())
     return value
 
 
@@ -444,21 +437,16 @@ class Config(Section):
     def _consistent(self) -> "Config":
         resume = self.run.resume or ""
         if resume in ("latest", "auto") and self.run.overwrite:
-            raise ValueError(
-                f"run.resume={resume} continues from the newest checkpoint, but run.overwrite=true removes it; set one "
-                "of them, or resume from the path of an earlier one"
-            )
+            raise ValueError(Problem.RESUME_AND_OVERWRITE.of(resume))
         if self.run.name is None and (resume in ("latest", "auto") or resume.isdecimal()):
-            raise ValueError(f"run.resume={resume} needs the run's name; add run.name=NAME")
+            raise ValueError(Problem.RESUME_WITHOUT_NAME.of(resume))
         stops, every, held = self.train.early_stopping, self.train.eval_every, self.data.validation_days
         if stops and every is None and held in (0, []):
-            raise ValueError(
-                "train.early_stopping counts evaluations; leave data.validation_days out or set train.eval_every=STEPS"
-            )
+            raise ValueError(Problem.EARLY_STOPPING_WITHOUT_EVALUATIONS.of())
         if stops and every and not held and self.data.test_days == []:
-            raise ValueError("train.early_stopping needs samples to evaluate on; data.test_days=[] names none")
+            raise ValueError(Problem.EARLY_STOPPING_WITHOUT_SAMPLES.of())
         if both := set(self.data.train_days or []) & set(self.data.test_days or []):
-            raise ValueError(f"data.train_days and data.test_days share {', '.join(sorted(both))}; a day is for one")
+            raise ValueError(Problem.DAY_FOR_BOTH.of(", ".join(sorted(both))))
         return self
 
 
@@ -476,13 +464,13 @@ def read_mapping(
         values = parse_yaml(read_text(run_path(path)), aliases)
     except FileNotFoundError as failure:
         below = "" if "://" in str(path) or Path(str(path)).is_absolute() else f" below {Path.cwd()}"
-        raise error(f"{setting}{path}: there is no such file{below}") from failure
+        raise error(Problem.NO_FILE_OF_SETTINGS, f"{setting}{path}", below) from failure
     except IsADirectoryError as failure:
-        raise error(f"{setting}{path} is a folder; name a YAML file, as the settings.yaml of samples") from failure
+        raise error(Problem.SETTINGS_IN_A_FOLDER, f"{setting}{path}") from failure
     except (OSError, ValueError, StorageError) as failure:
-        raise error(f"{path} is not a readable YAML file: {failure}") from failure
+        raise error(Problem.SETTINGS_NOT_YAML, path, failure) from failure
     if not isinstance(values, Mapping):
-        raise error(f"{path} has to be {wanted}, found {type(values).__name__}")
+        raise error(Problem.SETTINGS_NOT_A_MAPPING, path, wanted, type(values).__name__)
     return dict(values)
 
 
@@ -541,11 +529,11 @@ def save_config(config: Config, path: RunPath) -> None:
 def _parse_setting(setting: str) -> dict[Any, Any]:
     name, equals, text = setting.partition("=")
     if not equals or "." not in name:
-        raise ConfigError(f"--set {setting}: write it as section.field=value, e.g. train.epochs=1")
+        raise ConfigError(Problem.NOT_A_SETTING, setting)
     try:
         value: Any = parse_yaml(text)
     except ValueError as failure:
-        raise ConfigError(f"--set {setting}: the value is not readable as YAML: {failure}") from failure
+        raise ConfigError(Problem.SETTING_NOT_YAML, setting, failure) from failure
     section, *inner = name.split(".")
     for part in reversed(inner):
         value = {part: value}
@@ -580,7 +568,7 @@ class Difference:
 
     def text(self, there: str) -> str:
         """Format both values; `there` names the second record."""
-        return f"{self.name} is {self.here!r} here, {self.there!r} {there}"
+        return Problem.SETTING_DIFFERS.of(self.name, self.here, self.there, there)
 
 
 def differences(
@@ -600,7 +588,7 @@ def refuse_given(config: Config, settings: Collection[str], why: str) -> None:
     """Raise ConfigError, which says `why`, where one of these settings is not its default."""
     for each in differences(config.model_dump(), Config().model_dump()):
         if each.setting in settings:
-            raise ConfigError(f"{each.name}={each.here}: {why}; leave it out")
+            raise ConfigError(Problem.SETTING_NOT_FREE, each.name, each.here, why)
 
 
 def decides_of(name: str) -> Decision:

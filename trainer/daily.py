@@ -23,6 +23,7 @@ from trainer.config import Config, differences, load_config, load_saved, refuse_
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TakenOverError, TrainerError
 from trainer.evaluation.bootstrap import shown
 from trainer.main import on_ranks, train
+from trainer.problems import Problem
 from trainer.runs.folder import DAYS_FILE, TENSORBOARD, finished, report_of
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def run_of_days(folder: RunPath) -> RunPath:
         return folder
     evaluated = [run for run, report in trained_days(folder).items() if report["metrics"]]
     if not evaluated:
-        raise ConfigError(
-            f"no day of {folder} is evaluated yet; wait for the samples of the next day, or name a run, {folder}/DAY"
-        )
+        raise ConfigError(Problem.NO_DAY_EVALUATED, folder)
     return evaluated[-1]
 
 
@@ -78,7 +77,7 @@ def write(folder: RunPath) -> list[dict[str, Any]]:
     try:
         write_json_file(folder / TABLE_FILE, found)
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
+        raise TrainerError(Problem.RUN_FILE_UNWRITABLE, folder / TABLE_FILE, failure) from failure
     return found
 
 
@@ -212,7 +211,7 @@ def plan(
     """
     begun = {each.name: _train_days_of(each) for each in day_folders(folder)}
     if begun and first not in (None, min(begun)):
-        raise ConfigError(f"--first-day {first}: the first run in {folder} is that of {min(begun)}; leave it out")
+        raise ConfigError(Problem.FIRST_DAY_AGAIN, first, folder, min(begun))
     may_begin = [day for day in days if day <= (last or day) and (warm or day < days[-1])]
     start = min(begun, default=first or max(may_begin, default=days[0]))
     trained = {day for own in begun.values() for day in own}
@@ -255,12 +254,10 @@ def follow(
         days = _days_of(base.data.samples)
         warm = base.run.warm_start is not None
         if warm and not continues:
-            raise ConfigError(
-                f"run.warm_start={base.run.warm_start}: a run on all days begins with nothing; add --continue"
-            )
+            raise ConfigError(Problem.WARM_START_ON_ALL_DAYS, base.run.warm_start)
         chosen = plan(days, folder, first, last, warm=warm, continues=continues)
         if not chosen:
-            raise ConfigError(f"--first-day and --last-day choose none of {days[0]} to {days[-1]}; change them")
+            raise ConfigError(Problem.NO_DAY_CHOSEN, days[0], days[-1])
         return chosen
 
     for day in comm.on_rank_0(opened):
@@ -334,7 +331,7 @@ def _set_test_day(day: Day) -> None:
     try:
         save_config(load_saved(file).changed(data={"test_days": [day.test_day]}), file)
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"{file} cannot be written: {failure}") from failure
+        raise TrainerError(Problem.RUN_FILE_UNWRITABLE, file, failure) from failure
 
 
 def _days_of(samples: str) -> list[str]:
@@ -343,10 +340,7 @@ def _days_of(samples: str) -> list[str]:
 
     days = list(files_by_day(open_published(samples)))
     if not days:
-        raise DataNotFoundError(
-            f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "
-            "write samples with: crossmedia samples"
-        )
+        raise DataNotFoundError(Problem.NO_FILE_OF_A_DAY, samples)
     return days
 
 
@@ -365,11 +359,11 @@ def _claim(folder: RunPath, base: Config) -> None:
             return
         theirs = parse_json(read_file(file))
     except (OSError, StorageError, ValueError) as failure:
-        raise TrainerError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
+        raise TrainerError(Problem.DAYS_FILE_UNUSABLE, file, failure) from failure
     found = [each for each in differences(mine, theirs) if each.decides != "nothing" or each.setting in _SAME_PLACES]
     if found:
         lines = "\n  ".join(each.text("there") for each in found)
-        raise ConfigError(f"{file} has other settings; set them back, or choose another run.name:\n  {lines}")
+        raise ConfigError(Problem.DAYS_OF_OTHER_SETTINGS, file, lines)
 
 
 def _check_stores(before: RunPath, base: Config) -> None:

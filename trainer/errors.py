@@ -12,7 +12,7 @@ TrainerError
 │   ├── RunMismatchError         a checkpoint of another run, or of other settings
 │   └── TakenOverError           another start of the run writes its checkpoints now
 ├── AdIndexError      an index of ads is of another checkpoint, or its place has other files
-├── RemoteRankError   another rank failed; kind and text are those of its error
+├── RemoteRankError   another rank failed; kind and reason are those of its error
 └── LostRankError     another rank is gone, or out of reach
     └── LateRankError another rank has not come to a collective in time
 """
@@ -63,14 +63,8 @@ class CheckpointNotFoundError(CheckpointError):
     exit_code = USAGE
 
 
-TAKE_ANOTHER = "; take another checkpoint"
-
-
 class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing or damaged, as its text says."""
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}{TAKE_ANOTHER}"
 
 
 class RunMismatchError(CheckpointError):
@@ -90,14 +84,7 @@ class AdIndexError(TrainerError):
 
 
 class RemoteRankError(TrainerError):
-    """Rank `rank` failed with an error of class `kind`, so this rank stops too."""
-
-    def __init__(self, rank: int, kind: str, text: str) -> None:
-        Exception.__init__(self, rank, kind, text)
-        self.rank, self.kind, self.text = rank, kind, text
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} failed: {self.kind}: {self.text}"
+    """Another rank failed, so this one stops too; of its values, `kind` is the class of that rank's error."""
 
 
 class LostRankError(TrainerError):

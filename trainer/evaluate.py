@@ -10,6 +10,7 @@ import typer
 
 from featurestore.console import commandline
 from trainer.cli import StoreVersion, WhichCheckpoint, run_on_ranks
+from trainer.problems import Problem
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -63,9 +64,9 @@ def main(
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
     if store_version is not None and store is None:
-        raise typer.BadParameter("it needs --store", param_hint="--store-version")
+        raise typer.BadParameter(Problem.VERSION_WITHOUT_STORE.of(), param_hint="--store-version")
     if by and against is not None:
-        raise typer.BadParameter("a comparison has no slices; leave out --by, or --against", param_hint="--by")
+        raise typer.BadParameter(Problem.SLICES_OF_COMPARISON.of(), param_hint="--by")
 
     def work(comm: "Comm") -> None:
         # Torch and matplotlib take seconds to load: not for --help.

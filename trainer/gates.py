@@ -30,6 +30,7 @@ from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, Trai
 from trainer.evaluation.bootstrap import LEVEL, Difference, compare, log_loss
 from trainer.evaluation.predict import Predictions, gathered
 from trainer.models.layers import used_fields
+from trainer.problems import Problem
 from trainer.runs import checkpoint
 from trainer.runs.open import StorePlace, other_features
 from trainer.runs.saved import TEST, RunSource, SavedRun, open_at, open_test, read_run
@@ -164,11 +165,9 @@ def gate_model(
             return [GateResult(gate="comparison", value=0, holds=True, text="it is the checkpoint that is in use")]
         theirs = read_run(in_use.folder, in_use.checkpoint)
         if theirs.digest != digest:
-            raise CheckpointError(f"{theirs.checkpoint} has been trained again since it was published")
+            raise CheckpointError(Problem.TRAINED_SINCE_PUBLISHED, str(theirs.checkpoint))
         if ours.config.data.test_days == []:
-            raise DataNotFoundError(
-                f"{folder} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
-            )
+            raise DataNotFoundError(Problem.RUN_NOT_EVALUATED, folder)
         rows = open_test(comm, ours.config, ours.schema, None)
         same = open_index(comm, ours.config.data.samples, TEST, theirs.schema, ours.config.data.test_days)
         new = score(ours, _snapshots(ours, store_version), rows, comm)
@@ -290,7 +289,7 @@ class Check:
         if the features are of another network.
         """
         if found.failures and (force is None or found.gates[0].gate == NETWORK):
-            raise TrainerError(f"not accepted: {found.failures[0]}")
+            raise TrainerError(Problem.STORE_NOT_ACCEPTED, found.failures[0])
         path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(self.candidate)
         figures = {**found.report(), "forced": force}
         entry = checkpoint.AcceptedStore(name=name, recorded=self.recorded, accepted=chosen, figures=figures)
@@ -320,9 +319,9 @@ class Check:
 def _place(saved: SavedRun, name: str | None) -> StorePlace:
     places = {place.name: place for place in saved.places}
     if not places:
-        raise ConfigError(f"{saved.folder} has model.images=none: it was trained without a store")
+        raise ConfigError(Problem.RUN_WITHOUT_STORE, saved.folder)
     if name is not None and name not in places:
-        raise ConfigError(f"--name {name}: the content fields of {saved.folder} name {', '.join(places)}")
+        raise ConfigError(Problem.NO_STORE_OF_NAME, name, saved.folder, ", ".join(places))
     return places[name] if name is not None else next(iter(places.values()))
 
 

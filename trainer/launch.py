@@ -30,6 +30,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import FAILED
 from trainer.errors import ConfigError
+from trainer.problems import Problem
 
 Slots = Mapping[str, int]
 """Hosts by name, and how many ranks each has or may have. Ranks count from host to host."""
@@ -153,7 +154,7 @@ def main(
     """
     slots = slots_of_job(os.environ)
     if by == By.TORCH and os.environ.get("SLURM_NODEID") != "0":
-        raise ConfigError("with --by torch, rank 0 is where the others meet: run this in a batch script (sbatch)")
+        raise ConfigError(Problem.TORCH_OUT_OF_BATCH)
     ranks = sum(slots.values())
     options = [f"--nodes={len(slots)}", f"--ntasks={ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
     if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not take it from the job
@@ -169,11 +170,11 @@ def main(
 def slots_of_job(slurm: Mapping[str, str]) -> Slots:
     """Return the ranks of the job's nodes by number; Slurm writes 2, 2, 2, 1 as 2(x3),1. Raises ConfigError."""
     if "SLURM_JOB_ID" not in slurm:
-        raise ConfigError("this is not a Slurm job: SLURM_JOB_ID is not set; sbatch deploy/slurm/train.sbatch is one")
+        raise ConfigError(Problem.NOT_A_SLURM_JOB)
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", each) for each in slurm.get("SLURM_TASKS_PER_NODE", "").split(",")]
     counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
     if None in parts:
-        raise ConfigError("the job does not say how many ranks a node has; add --ntasks-per-node=N to sbatch")
+        raise ConfigError(Problem.JOB_WITHOUT_RANKS)
     return {str(node): count for node, count in enumerate(counts)}
 
 
@@ -190,7 +191,7 @@ def _run_step(words: list[str]) -> tuple[int, set[int]]:
     try:
         process = subprocess.Popen(words, process_group=0)  # a terminal's Ctrl-C reaches the ranks by `stop` alone
     except OSError as error:
-        raise ConfigError(f"srun cannot be run: {error.strerror}; are Slurm's commands on PATH?") from error
+        raise ConfigError(Problem.NO_SRUN, error.strerror) from error
     code = process.wait()
     if code in _ENDED_BY_SLURM and not signals:
         return FAILED, signals  # a rank has failed; srun has ended the others, and returns the highest of all codes
@@ -218,9 +219,9 @@ def parse_hosts(text: str) -> Slots:
         match = _HOST.fullmatch(each)
         count = int(match["count"] or 1) if match else 0
         if match is None or count == 0 or match["name"].startswith("-"):
-            raise ConfigError(f"--hosts: '{each}' is not a host; write it as name:slots, as a:4")
+            raise ConfigError(Problem.NOT_A_HOST, each)
         if match["name"] in found:
-            raise ConfigError(f"--hosts: host {match['name']} is there twice; add its slots")
+            raise ConfigError(Problem.HOST_TWICE, match["name"])
         found[match["name"]] = count
     return found
 

@@ -28,6 +28,7 @@ from trainer.errors import ConfigError
 from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
 from trainer.models import layers, nets
+from trainer.problems import Problem
 from trainer.runs.folder import report_of
 from trainer.runs.open import train_reader
 from trainer.runs.saved import TRAIN, SavedRun, read_run
@@ -255,16 +256,13 @@ def open_planner(folder: RunPath, batch_size: int | None, link_bytes_per_s: floa
     """
     saved, report = read_run(folder), report_of(folder)
     if report is None or not report["samples_per_s"]:
-        raise ConfigError(f"{folder} has no figures of steps; train it to its end, as with train.max_steps=50")
+        raise ConfigError(Problem.RUN_WITHOUT_FIGURES, folder)
     config = saved.config
     if batch_size is not None:
         config = config.changed(data={"global_batch_size": batch_size})
     index = open_index(SoloComm(), config.data.samples, TRAIN, saved.schema, config.data.train_days)
     if config.data.global_batch_size > index.num_samples:
-        raise ConfigError(
-            f"a global batch of {config.data.global_batch_size:,} samples is larger than all {index.num_samples:,} "
-            f"training samples; give --global-batch-size of at most {index.num_samples}"
-        )
+        raise ConfigError(Problem.BATCH_OVER_ALL_SAMPLES, config.data.global_batch_size, index.num_samples)
     return Planner(
         saved=saved,
         snapshots={place.name: saved.trained_on(place) for place in saved.places},

@@ -31,6 +31,7 @@ from trainer.daily import day_folders, folder_of
 from trainer.errors import ConfigError
 from trainer.launch import By, Link, News, Slots, Variables, environments, parse_hosts, reach_of_all
 from trainer.main import app as train_app
+from trainer.problems import Problem
 from trainer.runs.folder import finished
 
 EXAMPLES = """Examples:
@@ -217,12 +218,12 @@ class SuperviseOptions:
     def read_hosts(self) -> Slots:
         """Read where ranks may run. Raises ConfigError, also where there never can be enough slots."""
         if self.hosts is None and self.max_np is None:
-            raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
+            raise ConfigError(Problem.NO_HOSTS)
         hosts = parse_hosts(self.hosts or f"localhost:{self.max_np}")
         if self.max_np is not None and self.max_np < self.min_np:
-            raise ConfigError(f"--max-np {self.max_np} is less than --min-np {self.min_np}")
+            raise ConfigError(Problem.MAX_BELOW_MIN_RANKS, self.max_np, self.min_np)
         if (slots := sum(hosts.values())) < self.min_np:
-            raise ConfigError(f"--min-np {self.min_np}: --hosts {self.hosts} has {slots} slots")
+            raise ConfigError(Problem.TOO_FEW_SLOTS, self.min_np, self.hosts, slots)
         return hosts
 
 
@@ -266,11 +267,9 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
         return TrainCommand(tuple(words), folder_of(config), is_daily=True)
     run = config.run
     if run.name is None:
-        raise ConfigError("run.name is not set, so a second start would not find the run; add --set run.name=NAME")
+        raise ConfigError(Problem.SUPERVISED_WITHOUT_NAME)
     if run.overwrite or run.resume not in (None, "latest", "auto"):
-        raise ConfigError(
-            "a supervised run continues from its newest checkpoint: leave run.resume and run.overwrite out"
-        )
+        raise ConfigError(Problem.SUPERVISED_RESUME)
     return TrainCommand(tuple(words), run_path(run.dir) / run.name)
 
 
@@ -278,15 +277,14 @@ def _name_and_arguments(words: Sequence[str]) -> tuple[str, list[str]]:
     """Return the command, a script being train, and its arguments."""
     for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
         if Path(word).name in ("horovodrun", "torchrun"):
-            raise ConfigError(f"{word} is not needed: the supervisor starts the ranks; write -- {_EXAMPLE}")
+            raise ConfigError(Problem.LAUNCHER_SUPERVISED, word, _EXAMPLE)
         for name, module in _MODULES.items():
             if (before, word) == ("-m", module) or (Path(before).name, word) == (_PROGRAM, name):
                 return name, [*words[place + 1 :]]
         if word.endswith(".py"):
             return "train", [*words[place + 1 :]]
-    raise ConfigError(
-        f"'{' '.join(words)}' is not {' or '.join(f'{_PROGRAM} {each}' for each in _MODULES)}; write -- {_EXAMPLE}"
-    )
+    known = " or ".join(f"{_PROGRAM} {each}" for each in _MODULES)
+    raise ConfigError(Problem.NOT_A_TRAINING_COMMAND, " ".join(words), known, _EXAMPLE)
 
 
 @dataclass

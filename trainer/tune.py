@@ -22,6 +22,7 @@ from trainer.cli import MoreSettings, Settings, SettingsFile
 from trainer.config import Config, load_config, refuse_given
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import on_ranks, train
+from trainer.problems import Problem
 from trainer.runs.folder import report_of
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def parsed_grid(texts: Sequence[str]) -> Mapping[str, Sequence[Any]]:
         except ValueError:
             values = None
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"--grid {text}: write it as section.field=[values], e.g. optim.lr=[0.001,0.002]")
+            raise ConfigError(Problem.NOT_A_GRID, text)
         found[name] = values
     return found or GRID
 
@@ -161,7 +162,7 @@ def _end(trials: Sequence[Trial]) -> None:
         write_json_file(folder / TABLE_FILE, rows)
         write_file(folder / SETTINGS_FILE, format_yaml(best_settings(trials[best], rows[best]["epoch"])))
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"cannot write the figures to {folder}: {failure}") from failure
+        raise TrainerError(Problem.RUN_FILE_UNWRITABLE, folder / TABLE_FILE, failure) from failure
     _show(rows, best, folder)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -9,8 +10,15 @@ from torch import Tensor
 
 from featurestore.published.paths import RunPath
 from featurestore.storage.storage import Storage
+from tests.raised import told
+from trainer.problems import Problem
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import Checkpoint, checkpoints_of, finished
+
+
+def differs(where: str, value: object, **other: Any) -> re.Pattern[str]:
+    """What names a setting with its value here, and by `other` and `there` that of the checkpoint."""
+    return re.compile(told(Problem.SETTING_DIFFERS, where=where, value=value, **other))
 
 
 def names_of(run: RunPath) -> list[str]:

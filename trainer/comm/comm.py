@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.errors import ConfigError, RemoteRankError
+from trainer.errors import ConfigError, LateRankError, RemoteRankError
+from trainer.problems import Problem
 
 Object = TypeVar("Object")
 
@@ -124,7 +125,7 @@ class Comm(ABC):
             raise error
         for rank, found in enumerate(errors):
             if found is not None:
-                raise RemoteRankError(rank, *found)
+                raise RemoteRankError(Problem.RANK_FAILED, rank, *found)
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
@@ -189,7 +190,6 @@ _GRACE_S = 2.0
 _ANSWER_S = 5.0
 """Seconds that an answer of the launcher's store may take, as its process may be stopped."""
 Answer = TypeVar("Answer")
-_AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
 
 class Board:
@@ -224,7 +224,7 @@ class Board:
         except (RuntimeError, OSError, HTTPException) as error:
             return None, str(error.args[-1]) if error.args else type(error).__name__
 
-    def lateness(self, name: str, size: int, deadline_s: float) -> str:
+    def lateness(self, name: str, size: int, deadline_s: float) -> LateRankError:
         """Name the ranks, of `size`, that did not reach collective `name` in time, and the collectives they are in."""
         self.put(f"{self._rank}.{name}", name)
         self.put(str(self._rank), name)
@@ -233,17 +233,8 @@ class Board:
         where = {rank: self.get(str(rank)) for rank in late}
         ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
         silence = f"; the store at {self.where}, where ranks say where they are, does not answer"
-        return (
-            f"collective {name} has taken more than run.deadline_s={deadline_s:g} on rank {self._rank}; "
-            f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
-            "(pip install py-spy; py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
-            + (silence if self.is_silent else "")
-        )
-
-
-def loss(rank: int, name: str) -> str:
-    """Return the error that another rank was lost, or is out of reach, in the middle of collective `name`."""
-    return f"rank {rank} lost another rank in the middle of collective {name}; {_AFTER_A_LOSS}"
+        ranks, silence = ranks or "nobody is missing, so look at the network", silence if self.is_silent else ""
+        return LateRankError(Problem.LATE_RANKS, name, deadline_s, self._rank, ranks, silence)
 
 
 def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
@@ -285,10 +276,7 @@ def _has_set(names: tuple[str, ...]) -> bool:
     missing = [name for name in names if name not in os.environ]
     if missing and not {*names[:2]} <= {*missing}:
         found = ", ".join(name for name in names if name not in missing)
-        raise ConfigError(
-            f"{found} is set, but not {', '.join(missing)}: start all ranks by horovodrun or torchrun, or unset it for "
-            "one rank alone"
-        )
+        raise ConfigError(Problem.HALF_A_LAUNCH, found, ", ".join(missing))
     return not missing
 
 

@@ -38,8 +38,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from trainer.comm.comm import DEADLINE_S, Board, Comm, in_time, loss
-from trainer.errors import ConfigError, LateRankError, LostRankError
+from trainer.comm.comm import DEADLINE_S, Board, Comm, in_time
+from trainer.errors import ConfigError, LostRankError
+from trainer.problems import Problem
 
 Carrier = Literal["gloo", "nccl"]
 ProcessGroup = Any
@@ -109,10 +110,8 @@ class Meeting:
         try:
             store: Store = _store_at(host, port, rank, size, holds=is_ours and rank == 0, patience_s=patience_s)
         except (RuntimeError, OSError) as error:
-            raise LostRankError(
-                f"rank {rank} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={host}:{port} within "
-                f"run.deadline_s={patience_s:g}: {_first_line(error)}"
-            ) from error
+            there, why = f"{host}:{port}", _first_line(error)
+            raise LostRankError(Problem.NO_ANSWER_OF_RANKS, rank, there, patience_s, why) from error
         # Another job may have met there, and this process too: several Comms of one process come one after the other.
         launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
         store = PrefixStore("/".join([*launch, str(next(_times))]), store)
@@ -176,7 +175,7 @@ class Lanes:
         except TimeoutError:
             self._give_up(name)
         except (RuntimeError, OSError) as error:
-            raise LostRankError(f"{loss(meeting.rank, name.partition('.')[2])} ({_first_line(error)})") from error
+            raise LostRankError(Problem.LOST_RANK, meeting.rank, _name_of(name), f" ({_first_line(error)})") from error
 
     def _new(self, carrier: Carrier, store: Store) -> ProcessGroup:
         rank, size = self._meeting.rank, self._meeting.size
@@ -242,7 +241,7 @@ def own_address(master: str, *, is_one_host: bool) -> str:
             probe.connect(place)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise ConfigError(f"MASTER_ADDR={master}: no route from {socket.gethostname()}: {error}") from error
+        raise ConfigError(Problem.NO_ROUTE, master, socket.gethostname(), error) from error
 
 
 def check_reach(ranks: list[RankAddress]) -> None:
@@ -251,11 +250,8 @@ def check_reach(ranks: list[RankAddress]) -> None:
     for rank, each in enumerate(ranks):
         if len(hosts) > 1 and each.address is not None and each.address.startswith("127."):
             other = next(host for host in hosts if host != each.host)
-            raise ConfigError(
-                f"rank {rank} on {each.host} would listen at {each.address}, out of reach for {other}: there, "
-                f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} leads to loopback; name the interface between the hosts: "
-                "GLOO_SOCKET_IFNAME=eth0"
-            )
+            master = os.environ.get("MASTER_ADDR")
+            raise ConfigError(Problem.LISTENS_ON_LOOPBACK, rank, each.host, each.address, other, master)
 
 
 def has_gpu_for_each(ranks: list[RankAddress]) -> bool:
@@ -274,7 +270,7 @@ def _devices(address: str | None) -> list[dist.ProcessGroupGloo.Device]:
     try:
         return [dist.ProcessGroupGloo.create_device(interface=name.strip()) for name in names.split(",")]
     except RuntimeError as error:
-        raise ConfigError(f"GLOO_SOCKET_IFNAME={names}: {_first_line(error)}") from error
+        raise ConfigError(Problem.WRONG_INTERFACE, names, _first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -378,11 +374,11 @@ class TorchComm(Comm):
             work.wait()
         except RuntimeError as error:
             self._abandon()
-            raise LostRankError(loss(self.rank, _name_of(key))) from error
+            raise LostRankError(Problem.LOST_RANK, self.rank, _name_of(key), "") from error
 
     def _give_up(self, key: str) -> NoReturn:
         self._abandon()
-        raise LateRankError(self._meeting.board.lateness(_name_of(key), self.size, self.deadline_s))
+        raise self._meeting.board.lateness(_name_of(key), self.size, self.deadline_s)
 
     def _abandon(self) -> None:
         """Abandon the lanes, as closing them would wait for their collectives."""
@@ -418,10 +414,7 @@ class HorovodComm(Comm):
             from horovod.common.exceptions import HorovodInternalError
             from horovod.runner.http.http_client import put_data_into_kvstore, read_data_from_kvstore
         except ImportError as error:
-            raise ConfigError(
-                f"horovodrun started this process, but its Python cannot import Horovod ({error}): make install builds "
-                "it; without it, start the ranks by torchrun"
-            ) from error
+            raise ConfigError(Problem.NO_HOROVOD, error) from error
 
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError
@@ -464,7 +457,7 @@ class HorovodComm(Comm):
                 pause_s = min(1.2 * pause_s, 1e-3)
                 if time.monotonic() - start_s > self.deadline_s:
                     self.is_stuck = True
-                    raise LateRankError(self._board.lateness(name, self.size, self.deadline_s))
+                    raise self._board.lateness(name, self.size, self.deadline_s)
             return self._hvd.synchronize(handle)
 
     @contextlib.contextmanager
@@ -473,7 +466,7 @@ class HorovodComm(Comm):
         try:
             yield
         except self._internal_error as error:
-            raise LostRankError(loss(self.rank, name)) from error
+            raise LostRankError(Problem.LOST_RANK, self.rank, name, "") from error
 
 
 def interface_towards(address: str) -> str:
@@ -503,11 +496,8 @@ def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
             continue
         if time.monotonic() > end_s:
             if trouble is not None:
-                raise LostRankError(
-                    f"rank {rank} did not reach the process that started the ranks within run.deadline_s="
-                    f"{deadline_s:g}, at {board.where}: {trouble}"
-                )
-            raise LateRankError(board.lateness("start", size, deadline_s))
+                raise LostRankError(Problem.NO_ANSWER_OF_LAUNCHER, rank, deadline_s, board.where, trouble)
+            raise board.lateness("start", size, deadline_s)
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 0.1)
         board.is_silent = False  # it is asked again, as its process may have been stopped for a while

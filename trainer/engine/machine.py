@@ -21,6 +21,7 @@ from trainer.comm import Comm
 from trainer.config import Config, Device, ModelConfig
 from trainer.errors import ConfigError
 from trainer.ids.shards import StatePart, TableShape, owned_bytes
+from trainer.problems import Problem
 
 _MOST_THREADS = 4  # for each core
 
@@ -43,7 +44,7 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     places = comm.allgather_object(place, name="places")
     threads, cores = config.run.threads or threads_of(comm.rank, places), min(len(each.cores) for each in places)
     if threads > _MOST_THREADS * cores:  # the C libraries would just crash
-        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
+        raise ConfigError(Problem.TOO_MANY_THREADS, threads, cores)
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
     without_cuda = None if comm.moves_cuda_tensors else comm.without_cuda
@@ -74,9 +75,9 @@ def choose_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | No
     if device == "cpu" or (all(have_gpu) and without_cuda is None):
         return device != "cpu", None
     if device == "cuda" and not all(have_gpu):
-        raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
+        raise ConfigError(Problem.NO_GPU_ON_EVERY_RANK)
     if device == "cuda":
-        raise ConfigError(f"run.device=cuda: {without_cuda}, start one rank alone, or take run.device=cpu")
+        raise ConfigError(Problem.NO_GPU_COLLECTIVES, without_cuda)
     reason = without_cuda or "not every rank has one. Start ranks only on hosts with GPUs"
     found = f"{sum(have_gpu)} of {len(have_gpu)} ranks found a GPU, but all compute on the CPU"
     return False, f"{found}: {reason}; or set run.device=cpu" if any(have_gpu) else None
@@ -100,12 +101,9 @@ def check_memory(
         if sum(bytes_of_table) <= free:
             continue
         shape, needed = max(zip(shapes, bytes_of_table, strict=True), key=lambda pair: pair[1])
-        raise ConfigError(
-            f"{shape.setting}: {shape.num_rows:,} rows of {shape.width} numbers and their "
-            f"optimiser's state take {needed / 1e9:,.1f} GB on {place} ({len(here)} ranks; all tables "
-            f"{sum(bytes_of_table) / 1e9:,.1f} GB), and {free / 1e9:,.1f} GB are free there; lower it, or use ranks on "
-            "more machines"
-        )
+        own_gb, all_gb, free_gb = (size / 1e9 for size in (needed, sum(bytes_of_table), free))
+        values = shape.setting, shape.num_rows, shape.width, own_gb, place, len(here), all_gb, free_gb
+        raise ConfigError(Problem.TABLES_TOO_LARGE, *values)
 
 
 def holds_features(comm: Comm, wanted: Literal["auto"] | bool, needed_bytes: int, device: torch.device) -> bool:
@@ -133,10 +131,7 @@ def check_same(comm: Comm, state: Mapping[str, Tensor]) -> None:
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     digests = comm.allgather_object(digest.hexdigest(), name="digest")
     if len(set(digests)) > 1:
-        raise ConfigError(
-            f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
-            "start all with one configuration, one seed and one version of the store"
-        )
+        raise ConfigError(Problem.DIFFERENT_MODELS, ", ".join(d[:8] for d in digests))
 
 
 _GROUP = Path("/proc/self/cgroup")

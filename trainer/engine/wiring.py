@@ -25,6 +25,7 @@ from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
 from trainer.models import layers, nets, newads
 from trainer.optim import DenseOptimizer
+from trainer.problems import Problem
 from trainer.schema.fields import Field, Schema
 from trainer.stages import Kind, Stages
 
@@ -159,9 +160,7 @@ class EngineParts:
         )
         mine = {name: value for name, value in mine.items() if name in theirs or NO_IMAGES not in name}
         if any(NO_IMAGES in name for name in theirs.keys() - mine.keys()):
-            raise CheckpointError(
-                'the checkpoint has a trained "no image" vector: continue with data.missing=learned, as it was trained'
-            )
+            raise CheckpointError(Problem.NO_IMAGE_VECTOR_TRAINED)
         check_names(mine, theirs)
         self._rows.load_shared_state(state)
         with torch.no_grad():
@@ -222,9 +221,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             shapes[name] = _table_of_buckets(name, users, config)
             continue
         if name not in config.tables:
-            raise ConfigError(
-                f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
-            )
+            raise ConfigError(Problem.TABLE_ROWS_UNSET, field.name, name)
         shapes[name] = shape_of(name, layers.width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
 
@@ -235,20 +232,16 @@ def check_tables(schema: Schema, config: ModelConfig) -> None:
     unknown = config.tables.keys() - of_fields - ModelConfig().tables.keys()
     if unknown:
         name = min(unknown)
-        raise ConfigError(
-            f"model.tables.{name} is the table of no field; {near_match(name, sorted(of_fields), 'model.tables.')}"
-        )
+        raise ConfigError(Problem.TABLE_OF_NO_FIELD, name, near_match(name, sorted(of_fields), "model.tables."))
 
 
 def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> TableShape:
     """Return the shape of a table with a row for each bucket. Raises ConfigError where not all fields have buckets, or
     the settings give its rows."""
     if hashed := [field.name for field in users if not field.is_bucketed]:
-        raise ConfigError(
-            f"field {hashed[0]} shares table {name} with buckets of numbers, which have a row each; name another"
-        )
+        raise ConfigError(Problem.TABLE_OF_BUCKETS, hashed[0], name)
     if name in config.tables:
-        raise ConfigError(f"model.tables.{name}: the table has a row for each bucket of {users[0].name}; leave it out")
+        raise ConfigError(Problem.TABLE_HAS_ITS_ROWS, name, users[0].name)
     rows = max(field.num_buckets for field in users)
     return TableShape(name, layers.width_of(users[0], config), rows, config.table_shards, direct=True)
 

@@ -43,6 +43,7 @@ from trainer.engine import engine, machine, wiring
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import shown
 from trainer.exchange.exchange import KeyRequest
+from trainer.problems import Problem
 from trainer.runs.open import Run, resumed_folder
 from trainer.stages import AHEAD, WAIT, Stages
 
@@ -464,7 +465,7 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
     try:
         write_json_file(path, report)
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
+        raise TrainerError(Problem.REPORT_UNWRITABLE, path, failure) from failure
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:

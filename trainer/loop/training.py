@@ -29,6 +29,7 @@ from trainer.evaluation.predict import evaluate
 from trainer.ids.exact import Figures, gather_figures, warning_of
 from trainer.loop import summary
 from trainer.models.newads import NewAds
+from trainer.problems import Problem
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import Run
 from trainer.runs.saving import Checkpointer, Outcome, end_with
@@ -45,11 +46,7 @@ def best_step(history: History) -> int | None:
     """
     for entry in history:
         if entry["gauc"] is None:
-            raise TrainerError(
-                f"the best epoch goes by GAUC, which the evaluation after step {entry['step']} has not: no user "
-                "of its samples has both a click and an impression without; hold out more days "
-                "(data.validation_days=2), or none, without train.early_stopping"
-            )
+            raise TrainerError(Problem.NO_GAUC, entry["step"])
     best = max(history, key=lambda entry: (entry["gauc"], -entry["step"]), default=None)
     return None if best is None else int(best["step"])
 
@@ -138,8 +135,8 @@ def stopped_together() -> Iterator[None]:
     try:
         yield
     except RemoteRankError as failure:
-        if failure.kind == StoppedError.__name__:
-            raise StoppedError(failure.text) from None
+        if failure.values["kind"] == StoppedError.__name__:
+            raise StoppedError(str(failure.values["reason"])) from None
         raise
 
 
@@ -291,7 +288,7 @@ class Training:
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
         if not math.isfinite(result.loss):
-            raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower optim.lr")
+            raise TrainerError(Problem.LOSS_NOT_FINITE, self._engine.num_steps, result.loss)
         self.totals.add(result, references, images)
         samples, seconds = self.totals.steady
         speed = samples * self._run.comm.size / seconds
@@ -323,10 +320,7 @@ class Training:
         self.checkpoints["failed" if outcome.error else "written"] += 1
         self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.error else 0
         if self._failed_in_a_row > MOST_FAILURES:
-            raise CheckpointError(
-                f"the checkpoint of step {outcome.step} cannot be written: {outcome.error}; nor could the "
-                f"{MOST_FAILURES} before it; see to that, and continue with run.resume=latest"
-            )
+            raise CheckpointError(Problem.CHECKPOINTS_FAIL, outcome.step, outcome.error, MOST_FAILURES)
         if outcome.error:
             self._progress.say(
                 f"warning: the checkpoint of step {outcome.step} could not be written: {outcome.error}; training goes "
@@ -403,7 +397,7 @@ class Training:
         """Yield the batches; a stop signal is raised in place of one, so that all ranks stop there together."""
         for batch in batches:
             if self._signals.received:
-                raise StoppedError(f"{self._signals.received} received")
+                raise StoppedError(Problem.STOP_SIGNAL, self._signals.received)
             yield batch
 
     def _save(self, *, beside: bool = False) -> str:

@@ -44,6 +44,7 @@ from trainer.config import SAMPLES_DIGEST, Config, Decision, Difference, RunConf
 from trainer.engine.engine import Engine
 from trainer.engine.wiring import NO_IMAGES
 from trainer.ids.shards import check_names
+from trainer.problems import Problem
 from trainer.runs.folder import STATE, Checkpoint, checkpoint_at, find_checkpoint, finished
 from trainer.samples.reader import BatchPosition
 
@@ -80,10 +81,7 @@ class RunFingerprint(Section):
         self.check_store(recorded, checkpoint)
         found = self.differences(recorded, may_differ)
         if found:
-            raise errors.RunMismatchError(
-                f"{checkpoint} belongs to another run; start a new one, or set back:\n  "
-                + "\n  ".join(map(_text, found))
-            )
+            raise errors.RunMismatchError(Problem.CHECKPOINT_OF_OTHER_RUN, str(checkpoint), _texts(found))
 
     def differences(self, recorded: "RunFingerprint", may_differ: Collection[Decision]) -> list[Difference]:
         """List the settings that `recorded` has otherwise, except those that decide on one of the kinds `may_differ`.
@@ -100,15 +98,9 @@ class RunFingerprint(Section):
         if not found:
             return
         if bool(self.stores) != bool(recorded.stores):
-            was = "was trained without images, and this run uses them"
-            if recorded.stores:
-                was = "has an E for images, and this run uses none"
-            raise errors.RunMismatchError(f"{checkpoint} {was}; set model.images as it was")
-        raise errors.RunMismatchError(
-            f"{checkpoint} was trained on features of another kind, and its E makes nothing of these:\n  "
-            + "\n  ".join(map(_text, found))
-            + "\nset data.store to a store of that kind (of several, data.stores.NAME)"
-        )
+            had = Problem.CHECKPOINT_HAS_IMAGES if recorded.stores else Problem.CHECKPOINT_WITHOUT_IMAGES
+            raise errors.RunMismatchError(had, str(checkpoint))
+        raise errors.RunMismatchError(Problem.CHECKPOINT_OF_OTHER_FEATURES, str(checkpoint), _texts(found))
 
 
 class CheckpointState(Sealed):
@@ -153,15 +145,15 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
     try:
         state = unseal(checkpoint.read_bytes(STATE), CheckpointState, file)
     except FileNotFoundError as failure:
-        raise errors.DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
+        raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_DAMAGED, file, failure) from failure
     except CorruptFileError as failure:
-        raise errors.DamagedCheckpointError(str(failure)) from failure
+        raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_BAD, failure) from failure
     except FormatVersionError as failure:
-        raise errors.CheckpointError(str(failure)) from failure
+        raise errors.CheckpointError(*failure.args) from failure
     except (OSError, StorageError) as failure:
-        raise errors.CheckpointError(f"cannot read {file}: {failure}") from failure
+        raise errors.CheckpointError(Problem.CHECKPOINT_UNREADABLE, file, failure) from failure
     if DENSE not in state.files:
-        raise errors.DamagedCheckpointError(f"{file} is damaged: {DENSE} is not among its files")
+        raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_UNLISTED, file, DENSE)
     return state
 
 
@@ -174,7 +166,7 @@ def load(
     `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is missing, damaged
     (DamagedCheckpointError) or does not fit.
     """
-    with comm.agreed(), saying(f"cannot read {checkpoint}"):
+    with comm.agreed(), saying(Problem.CHECKPOINT_UNREADABLE, checkpoint):
         trained.load_dense_state(read_dense(checkpoint, state, cache_dir))
         trained.load_shard_state(read_rows(checkpoint, state, trained.shard_names(), cache_dir))
 
@@ -185,7 +177,10 @@ def read_dense(
     """Read the state that all ranks share: the tensors whose names begin with `prefix`, without it.
 
     They are mapped into memory: only pages in use take any. Raises CheckpointError."""
-    with saying(f"cannot read {checkpoint}"), local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
+    with (
+        saying(Problem.CHECKPOINT_UNREADABLE, checkpoint),
+        local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file,
+    ):
         return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
 
 
@@ -197,17 +192,14 @@ def read_rows(
     Raises CheckpointError where one is lacking."""
     wanted, found = set(names), dict[str, Tensor]()
     shards = {int(name.rsplit("/", 2)[1]) for name in wanted}
-    with saying(f"cannot read {checkpoint}"):
+    with saying(Problem.CHECKPOINT_UNREADABLE, checkpoint):
         for name in sorted(state.files):
             written = _ROWS.fullmatch(name)
             if written and any(shard % int(written["ranks"]) == int(written["rank"]) for shard in shards):
                 with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
                     found |= {each: values for each, values in _mapped(file).items() if each in wanted}
     if lacking := sorted(wanted - found.keys()):
-        raise errors.CheckpointError(
-            f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; was it written with other model.tables, "
-            "model.table_shards or optim.ids?"
-        )
+        raise errors.CheckpointError(Problem.LACKS_ROWS, str(checkpoint), lacking[0], len(lacking) - 1)
     return found
 
 
@@ -223,7 +215,7 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
         try:
             content = opened.enter_context(checkpoint.open_input(file))
         except FileNotFoundError as failure:
-            raise errors.DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
+            raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_MISSING, f"{checkpoint}/{file}") from failure
         if not checkpoint.files.is_local:
             folder = Path(cache_dir or default_cache_dir())
             for each in (folder, copies := folder / RUNS):
@@ -234,28 +226,24 @@ def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | 
             if copy is not None:
                 copy.write(block)
         if found.hexdigest() != digest:
-            raise errors.DamagedCheckpointError(
-                f"{checkpoint}/{file} is damaged: its digest is not the one in state.json"
-            )
+            raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_CHANGED, f"{checkpoint}/{file}")
         if copy is not None:
             copy.flush()
         yield Path(checkpoint.path(file) if copy is None else copy.name)
 
 
-def _text(difference: Difference) -> str:
-    text = difference.text("in the checkpoint")
-    if difference.name == SAMPLES_DIGEST:
-        text += ": these are other training samples, or their files have changed since"
-    return text
+def _texts(found: Iterable[Difference]) -> str:
+    other = {SAMPLES_DIGEST: ": these are other training samples, or their files have changed since"}
+    return "\n  ".join(each.text("in the checkpoint") + other.get(each.name, "") for each in found)
 
 
 @contextmanager
-def saying(what: str) -> Iterator[None]:
-    """Turn an error of the disk, the object store or a file's format into a CheckpointError with its text."""
+def saying(problem: Problem, checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn an error of the disk, the object store or a file's format into a CheckpointError with this problem."""
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
-        raise errors.CheckpointError(f"{what}: {failure}") from failure
+        raise errors.CheckpointError(problem, str(checkpoint), failure) from failure
 
 
 def _mapped(local: Path) -> dict[str, Tensor]:
@@ -291,13 +279,12 @@ def continued(
             state = comm.on_all(partial(read_state, checkpoint))
             return open_at((checkpoint, state), skipped)
         except (errors.DamagedCheckpointError, errors.RemoteRankError) as failure:
-            if isinstance(failure, errors.RemoteRankError) and failure.kind != errors.DamagedCheckpointError.__name__:
+            here = {"kind": errors.DamagedCheckpointError.__name__, "reason": failure}
+            found = failure.values if isinstance(failure, errors.RemoteRankError) else here
+            if found["kind"] != here["kind"]:
                 raise
-            newest, text = (
-                newest or failure,
-                failure.text if isinstance(failure, errors.RemoteRankError) else str(failure),
-            )
-            skipped = [*skipped, SkippedCheckpoint(checkpoint, text.removesuffix(errors.TAKE_ANOTHER))]
+            newest, why = newest or failure, str(found["reason"]).rpartition("; ")[0]  # without its way out
+            skipped = [*skipped, SkippedCheckpoint(checkpoint, why)]
     if newest is not None:
         raise newest
     return open_at(None, [])
@@ -357,7 +344,7 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
     try:
         write_file(file, _ACCEPTED.dump_json(others if is_back else [*others, store], indent=1) + b"\n")
     except (OSError, StorageError) as failure:
-        raise errors.CheckpointError(f"{file} cannot be written: {failure}") from failure
+        raise errors.CheckpointError(Problem.RUN_FILE_UNWRITABLE, file, failure) from failure
     return file
 
 
@@ -368,9 +355,7 @@ def _read_accepted(file: RunPath) -> list[AcceptedStore]:
         return []
     except (OSError, StorageError, ValidationError) as failure:
         first = first_mistake(failure) if isinstance(failure, ValidationError) else failure
-        raise errors.CheckpointError(
-            f"{file} is damaged: {first}; remove it, and accept the store again: crossmedia compat RUN STORE"
-        ) from failure
+        raise errors.CheckpointError(Problem.ACCEPTED_STORES_DAMAGED, file, first) from failure
 
 
 _NETWORKS = ("stores.", "model.")
@@ -401,7 +386,7 @@ def find_warm_start(run: RunConfig) -> WarmStart | None:
     try:
         found = checkpoint_at(place) or find_checkpoint(place)
     except errors.CheckpointNotFoundError as failure:
-        raise errors.CheckpointNotFoundError(f"run.warm_start={run.warm_start}: {failure}") from failure
+        raise errors.CheckpointNotFoundError(Problem.NO_WARM_START, run.warm_start, failure) from failure
     return WarmStart(found, read_state(found), run.warm_parts)
 
 
@@ -417,14 +402,11 @@ def warm_start(
     own = TO_READ if warm.parts == "all" else (*TO_READ, "rows")
     found = [each for each in origin.differences(warm.state.origin, own) if each.setting not in _NOT_LEARNED]
     if found:
-        raise errors.CheckpointError(
-            f"warm start from {warm.checkpoint}: what it has learned would mean something else; set back:\n  "
-            + "\n  ".join(map(_text, found))
-        )
+        raise errors.CheckpointError(Problem.WARM_START_OF_OTHER_RUN, str(warm.checkpoint), _texts(found))
     if warm.parts == "all":
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
-    with comm.agreed(), saying(f"cannot read {warm.checkpoint}"):
+    with comm.agreed(), saying(Problem.CHECKPOINT_UNREADABLE, warm.checkpoint):
         mine, theirs = trained.dense_state(), read_dense(warm.checkpoint, warm.state, cache_dir)
         idle = {_DECIDED} - (mine.keys() & theirs.keys())
         idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}

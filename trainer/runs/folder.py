@@ -14,6 +14,7 @@ from featurestore.published.paths import RemotePath, RunPath, check_bucket, read
 from featurestore.published.versions import PublishedFiles, open_published
 from trainer.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
+from trainer.problems import Problem
 
 STATE = "state.json"
 TENSORBOARD = "tensorboard"
@@ -83,7 +84,7 @@ def run_or_newest(run: str | None, folder: Path = Path(RunConfig().dir)) -> RunP
     listed = [finished(each.parent) for each in folder.glob(f"**/{checkpoints_of(Path())}")]
     newest = [checkpoints[-1] for checkpoints in listed if checkpoints]
     if not newest:
-        raise ConfigError(f"{folder} has no run with a checkpoint; train one: crossmedia train, or name it by --run")
+        raise ConfigError(Problem.NO_TRAINED_RUN, folder)
     return max(newest, key=lambda each: each.files.published.time_s).run
 
 
@@ -100,19 +101,15 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
         if not found:
             asked = f"{setting}{name}: " if name else ""
             by = f": crossmedia train --config {run / 'config.yaml'}" if (run / "config.yaml").is_file() else ""
-            raise CheckpointNotFoundError(
-                f"{asked}{run} has no checkpoint in {checkpoints_of(run)}; train it first, without run.resume{by}"
-            )
+            raise CheckpointNotFoundError(Problem.RUN_WITHOUT_CHECKPOINT, asked, run, checkpoints_of(run), by)
         return found[-1]
     wanted = step_name(int(name)) if name.isdecimal() else name
     chosen = next((each for each in found if each.name == wanted), None) or checkpoint_at(run_path(name))
     if chosen is not None:
         return chosen
     check_bucket(run_path(name))
-    raise CheckpointNotFoundError(
-        f"{setting}{name}: no such checkpoint; {checkpoints_of(run)} has "
-        f"{', '.join(each.name for each in found) or 'none'}, and RUN/checkpoints/step-N of another run will do too"
-    )
+    names = ", ".join(each.name for each in found) or "none"
+    raise CheckpointNotFoundError(Problem.NO_SUCH_CHECKPOINT, setting, name, checkpoints_of(run), names)
 
 
 def checkpoint_at(path: RunPath) -> Checkpoint | None:
@@ -131,7 +128,7 @@ def report_of(run: RunPath) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, StorageError, ValueError) as failure:
-        raise TrainerError(f"{file} cannot be read: {failure}; remove it, and the run is ended again") from failure
+        raise TrainerError(Problem.REPORT_UNREADABLE, file, failure) from failure
     return report
 
 
@@ -176,22 +173,13 @@ def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damag
         others = conflicting_checkpoints(run, resumed, damaged) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").is_file())
     if not writable:
-        raise ConfigError(
-            f"run.dir={config.run.dir}: {there} is not a folder that this user can write to; choose another"
-        )
+        raise ConfigError(Problem.RUN_DIR_READ_ONLY, config.run.dir, there)
     if not taken or config.run.overwrite:
         return
     if resume is None:
-        raise ConfigError(
-            f"{run} holds a run already; continue it by run.resume=latest, choose another run.name, "
-            "or replace it by run.overwrite=true"
-        )
+        raise ConfigError(Problem.RUN_EXISTS, run)
     names = ", ".join(each.name for each in others)
-    raise ConfigError(
-        f"run.resume={resume}: {run} holds checkpoints that do not lead to this one, and would be taken for this "
-        f"run's: {names}; continue from the newest by run.resume=latest, choose another run.name, or remove them by "
-        "run.overwrite=true"
-    )
+    raise ConfigError(Problem.RUN_HAS_LATER_CHECKPOINTS, resume, run, names)
 
 
 def _writable(run: Path) -> tuple[Path, bool]:
@@ -206,6 +194,6 @@ def run_dir_errors(config: Config) -> Iterator[None]:
     try:
         yield
     except BucketNotFoundError as failure:
-        raise ConfigError(f"run.dir={config.run.dir}: {failure}") from failure
+        raise ConfigError(Problem.NO_RUN_DIR, config.run.dir, failure) from failure
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
+        raise TrainerError(Problem.RUN_DIR_UNUSABLE, config.run.dir, failure) from failure

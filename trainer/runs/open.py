@@ -30,6 +30,7 @@ from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError
 from trainer.models.layers import used_fields
+from trainer.problems import Problem
 from trainer.runs import checkpoint as checkpoints
 from trainer.runs.checkpoint import SkippedCheckpoint
 from trainer.runs.folder import TENSORBOARD, Checkpoint, check_folder, conflicting_checkpoints, finished, run_dir_errors
@@ -75,17 +76,11 @@ def store_places(config: Config, schema: Schema) -> list[StorePlace]:
     here = [name for name in names if name not in elsewhere]
     if len(here) > 1 or (here and elsewhere and here != [DEFAULT_STORE]):
         without = next(name for name in here if name != DEFAULT_STORE)
-        raise ConfigError(
-            f"the schema's content fields name the stores {', '.join(names)}; data.store={config.data.store} is "
-            f"{DEFAULT_STORE} where there are several, and {without} has no address: set data.stores.{without}"
-        )
+        raise ConfigError(Problem.STORE_WITHOUT_ADDRESS, ", ".join(names), config.data.store, DEFAULT_STORE, without)
     known = {field.store_name for field in schema.of_kind("content")}
     for name in config.data.stores.keys() | config.data.store_versions.keys():
         if name not in known:
-            raise ConfigError(
-                f"data.stores.{name}: no content field of the schema names store {name}, only "
-                f"{', '.join(sorted(known)) or 'none'}; give a field store: {name}, or leave the setting out"
-            )
+            raise ConfigError(Problem.UNUSED_STORE, name, ", ".join(sorted(known)) or "none")
     data = config.data
     return [StorePlace(name, data.store, data.store_version, "data.store") for name in here] + [
         StorePlace(name, data.stores[name], data.store_versions.get(name), f"data.stores.{name}") for name in elsewhere
@@ -99,7 +94,7 @@ def missing_places(places: list[StorePlace]) -> list[str]:
         try:
             FeatureStore.open(place.url)
         except StoreNotFoundError:
-            problems.append(f"{place.setting}={place.url} is not a feature store; create it with: {place.make_it()}")
+            problems.append(Problem.NO_STORE_AT_SETTING.of(place.setting, place.url, place.make_it()))
     return problems
 
 
@@ -118,16 +113,11 @@ def snapshot_of(place: StorePlace, resumed: checkpoints.Resumed | None) -> Snaps
         if recorded is None:
             raise
         check_identity(place, store.snapshot(), resumed)
-        raise CheckpointError(
-            f"the checkpoint was trained on snapshot {recorded} of {place.url}: {failure}; "
-            f"{place.setting.replace('store', 'store_version', 1)}=N continues with another one"
-        ) from failure
+        setting = place.setting.replace("store", "store_version", 1)
+        raise CheckpointError(Problem.TRAINED_SNAPSHOT_GONE, recorded, place.url, failure, setting) from failure
     check_identity(place, snapshot, resumed)
     if snapshot.num_rows == 0:
-        raise DataError(
-            f"{place.setting}={place.url} has no features in snapshot {snapshot.version}; "
-            f"add them with: {place.make_it()}"
-        )
+        raise DataError(Problem.SNAPSHOT_EMPTY, f"{place.setting}={place.url}", snapshot.version, place.make_it())
     return snapshot
 
 
@@ -173,10 +163,8 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
     )
     if partition.snapshot_id.commit_id != chosen.commit_id:
         partition.close()
-        raise AnotherStoreError(
-            f"{place.setting}={place.url}: rank 0 found {chosen.described()}, this rank "
-            f"{partition.snapshot_id.described()}; all machines need the same store, on a shared disk or S3"
-        )
+        found = chosen.described(), partition.snapshot_id.described()
+        raise AnotherStoreError(Problem.OTHER_STORE_THAN_RANK_0, place.setting, place.url, *found)
     return partition
 
 
@@ -220,7 +208,8 @@ def lacking_images(
         known = survey.measured_once(comm, indexes[0], "images", asked, cache, lambda: asdict(count()))  # noqa: B023
         found = survey.LackingImages(**known)
         if is_new and found.named and not found.found:
-            raise DataError(comm.on_rank_0(partial(_without_images, place, partition, indexes[0], schema, fields)))
+            images = comm.on_rank_0(partial(_two_images, place, partition, indexes[0], schema, fields))
+            raise DataError(Problem.NO_TRAINING_IMAGE, place.setting, place.url, *images)
         if not found.impressions and not found.behaviors:
             continue
         share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
@@ -231,25 +220,19 @@ def lacking_images(
         missing, listed = config.data.missing, f"list them: {listing} {place.url}{options}{named}"
         if missing == "error":
             add = f"add them: {place.make_it()}; " if found.images else ""
-            raise MissingKeysError(
-                f'{lacks}; {listed}; {add}or set data.missing=learned, for a trained "no image" vector'
-            )
+            raise MissingKeysError(Problem.IMAGES_LACKED, lacks, listed, add)
         lines.append(f"{lacks}: they {_INSTEAD[missing]} (data.missing={missing}); {listed}")
     return lines
 
 
-def _without_images(
+def _two_images(
     place: StorePlace, partition: FeaturePartition, train: SampleIndex, schema: Schema, fields: Sequence[Field]
-) -> str:
-    """Say that the store has no image of the training samples, with one of each."""
+) -> tuple[Any, Any]:
+    """Return the name of an image of the training samples, and of one of the store, which has none of those."""
     rows = FeatureStore.open(place.url).snapshot(partition.snapshot_version).arrow_reader(["key", "uri"])
     batch = next((batch for batch in rows if len(batch)), None)
     stored = "nothing" if batch is None else batch["uri"][0].as_py() or batch["key"][0].as_py()
-    return (
-        f"{place.setting}={place.url} has not one image of the training samples (samples: "
-        f"{survey.example_image(train, schema, fields)}, store: {stored}); both need the same names, or train without "
-        "images: model.images=none"
-    )
+    return survey.example_image(train, schema, fields), stored
 
 
 @dataclass(kw_only=True)
@@ -404,10 +387,7 @@ def with_validation(config: Config, samples: Storage, recorded: list[str] | int 
     kept = sorted(set(days) - set(held))
     if not kept:
         chosen = config.data.validation_days or f"{len(held)} (for train.early_stopping)"
-        raise ConfigError(
-            f"data.validation_days={chosen} leaves none of the {len(days)} training days of {samples.url} to train on; "
-            "give fewer, or train.eval_every=STEPS"
-        )
+        raise ConfigError(Problem.NO_TRAINING_DAYS_LEFT, chosen, len(days), samples.url)
     return config.changed(data={"train_days": kept, "validation_days": held})
 
 
@@ -466,18 +446,13 @@ def _with_statistics(
 def open_samples(config: Config, places: list[StorePlace]) -> Storage:
     """Open the samples that all indexes of the run are of; name the jobs to run for all places that are empty."""
     samples, problems = open_published(config.data.samples), missing_places(places)
-    without_store = bool(problems)
-    splits = {"train": config.data.train_days, "test": config.data.test_days}
+    without_store, splits = bool(problems), {"train": config.data.train_days, "test": config.data.test_days}
     empty = [split for split, days in splits.items() if days is None and not sample_files(samples, split)]
     if empty:
         samples.check_bucket()
-        job = f"crossmedia samples --samples {config.data.samples}"
-        problems.append(
-            f"data.samples={config.data.samples} has no {' and no '.join(empty)} samples; make them with: {job}"
-        )
+        hint = "; without images and logs of your own, draw some first: crossmedia demo-data" if without_store else ""
+        problems.append(Problem.NO_SAMPLES_AT_SETTING.of(config.data.samples, " and no ".join(empty), hint))
     if problems:
-        if without_store and empty:
-            problems[-1] += "; without images and logs of your own, draw some first: crossmedia demo-data"
         raise DataNotFoundError("\n".join(problems))
     return samples
 
@@ -562,10 +537,7 @@ def claim_folder(run: Run) -> list[Checkpoint]:
             run.place.claim([each.checkpoint for each in run.skipped])
             removed = conflicting_checkpoints(run.folder, run.resumed)
             if removed and not run.config.run.overwrite:  # since this one looked
-                raise CheckpointError(  # no mistake in the settings: a supervisor starts it again, from that checkpoint
-                    f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with "
-                    "run.resume=latest"
-                )
+                raise CheckpointError(Problem.STARTED_TWICE, run.folder)
             if run.config.run.overwrite:
                 (run.folder / "report.json").unlink(missing_ok=True)
                 run.place.remove(removed)

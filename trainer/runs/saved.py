@@ -42,6 +42,7 @@ from trainer.engine.wiring import image_model, widths_of_stores
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.ids.shards import check_names
 from trainer.models.layers import used_fields
+from trainer.problems import Problem
 from trainer.runs import checkpoint as checkpoints
 from trainer.runs import open as opening
 from trainer.runs.checkpoint import read_dense
@@ -111,10 +112,8 @@ class SavedRun:
         """
         snapshot = FeatureStore.open(place.url).snapshot(version)
         if differing := opening.other_features(snapshot.info, self.state, place.name):
-            raise CheckpointError(
-                f"{self.checkpoint} was trained on features of another kind than {place.url} has now: "
-                f"{'; '.join(differing)}; take a store of the former kind"
-            )
+            values = str(self.checkpoint), place.url, "; ".join(differing)
+            raise CheckpointError(Problem.STORE_OF_OTHER_FEATURES, *values)
         opening.check_identity(place, snapshot, (self.checkpoint, self.state))
         return snapshot
 
@@ -173,7 +172,7 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
         below = folder.iterdir() if folder.is_dir() else ()
         runs = sorted(each.name for each in below if (each / "config.yaml").is_file())
         instead = f"; it holds the runs {', '.join(runs[:5])}" if runs else "; give a run's folder, as data/runs/NAME"
-        raise ConfigError(f"{folder} is not a run's folder: there is no config.yaml in it{instead}")
+        raise ConfigError(Problem.NOT_A_RUN, folder, instead)
     config = load_saved(file)
     found = find_checkpoint(folder, which)
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
@@ -313,7 +312,7 @@ def _saved(source: RunSource, comm: Comm) -> SavedRun:
             try:
                 version = FeatureStore.open(source.store).snapshot(source.store_version).version
             except FeatureStoreError as failure:
-                raise ConfigError(f"--store {source.store}: {failure}") from failure
+                raise ConfigError(Problem.STORE_OPTION_WRONG, source.store, failure) from failure
             data |= {"store": source.store, "store_version": version}
         return replace(saved, config=saved.config.changed(data=data))
 
@@ -351,7 +350,7 @@ def open_test(comm: Comm, config: Config, schema: Schema, samples: str | None) -
     Every rank calls it. Raises DataError, SchemaError.
     """
     if samples is None and config.data.test_days == []:
-        raise DataNotFoundError("the run has no test samples of its own (data.test_days=[]); name some by --samples")
+        raise DataNotFoundError(Problem.RUN_WITHOUT_TEST)
     days = None if samples else config.data.test_days
     return open_index(comm, samples or config.data.samples, TEST, schema, days)
 
@@ -359,7 +358,7 @@ def open_test(comm: Comm, config: Config, schema: Schema, samples: str | None) -
 def finite(vectors_NW: Vectors) -> Vectors:
     """Return the vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
     if not np.isfinite(vectors_NW).all():
-        raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower optim.lr")
+        raise TrainerError(Problem.VECTORS_NOT_FINITE)
     return vectors_NW
 
 
@@ -454,15 +453,15 @@ def open_network(
         saved = replace(saved, config=saved.config.changed(data={"store": store}))
     widths = network_widths(saved)
     if not widths:
-        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
+        raise ConfigError(Problem.RUN_WITHOUT_IMAGES, folder)
     at = next(iter(widths)) if network is None and len(widths) == 1 else network
     if at not in widths:
         wrong = "" if network is None else f"--network {network}: "
-        raise ConfigError(f"{wrong}{folder} has the networks {', '.join(widths)}; choose one by --network")
+        raise ConfigError(Problem.WHICH_NETWORK, wrong, folder, ", ".join(widths))
     place = next(place for place in saved.places if place.name == at)
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
-        raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
+        raise DataError(Problem.SNAPSHOT_EMPTY, place.url, snapshot.version, place.make_it())
     return ImageNetwork(saved=saved, store=at, width=widths[at], snapshot=snapshot)
 
 

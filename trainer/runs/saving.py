@@ -48,6 +48,7 @@ from trainer.comm import Comm
 from trainer.engine.engine import Engine
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError, TakenOverError
+from trainer.problems import Problem
 from trainer.runs.checkpoint import DENSE, ROWS, CheckpointState, load, read_state, saying
 from trainer.runs.folder import STATE, Checkpoint, checkpoints_of, conflicting_checkpoints, step_name, step_of
 
@@ -266,7 +267,7 @@ class CheckpointPlace:
         except CommitConflictError as failure:
             found = self._newest()
             if found.version == known.version:  # a file is gone
-                raise StorageError(str(failure)) from failure
+                raise StorageError(*failure.args) from failure
             if found.publication not in self._tried:
                 raise self._taken_over(found) from failure
             self._known = found
@@ -274,14 +275,11 @@ class CheckpointPlace:
                 self._publish(files)
                 return
         if gone := versions.missing(self._storage, files.values()):  # since `publish` looked, as this run was away
-            raise StorageError(f"{self._storage.full(gone[0])} was removed before its checkpoint was published")
+            raise StorageError(Problem.REMOVED_BEFORE_PUBLISHED, self._storage.full(gone[0]))
 
     def _taken_over(self, by: versions.PublishedVersion) -> TakenOverError:
         writer = f", {by.writer}" if by.writer else ""
-        return TakenOverError(
-            f"{checkpoints_of(self.run)} is written to by another start of this run{writer}: that one continues, and "
-            "this one ends; start one alone, or choose another run.name"
-        )
+        return TakenOverError(Problem.TAKEN_OVER, checkpoints_of(self.run), writer)
 
 
 def _stem(name: str) -> str:
@@ -297,7 +295,7 @@ class _Progress:
     """Whether it still writes its parts or, rank 0 alone, publishes the checkpoint."""
     parts: dict[str, WrittenPart] = field(default_factory=dict)
     error: str = ""
-    fatal: type[CheckpointError] | None = None
+    fatal: CheckpointError | None = None
     """Error to raise on all ranks where the run may not continue."""
     clock_s: float = 0.0
     """Seconds since the last checkpoint was begun."""
@@ -352,7 +350,7 @@ class Checkpointer:
         """
         outcome = self.begin(trained, state, keep, best, beside=False) or self.wait()
         if outcome is not None and outcome.error:
-            raise CheckpointError(f"cannot write {self._place.address(state.step)}: {outcome.error}")
+            raise CheckpointError(Problem.RUN_FILE_UNWRITABLE, self._place.address(state.step), outcome.error)
         return self._place.address(state.step)
 
     def begin(
@@ -453,7 +451,7 @@ class Checkpointer:
         except Exception as failure:
             progress.error = _text(failure)
             if not isinstance(failure, _FAILURES):
-                progress.fatal = type(failure) if isinstance(failure, CheckpointError) else CheckpointError
+                progress.fatal = failure if isinstance(failure, CheckpointError) else CheckpointError(progress.error)
         progress.is_busy = False  # last, as the step's thread looks at it
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
@@ -463,7 +461,7 @@ class Checkpointer:
             return None
         for each in everyone:
             if each.fatal is not None:
-                raise each.fatal(each.error)
+                raise each.fatal
         rank = "rank {}: ".format if self._comm.size > 1 else lambda _: ""
         failed = [f"{rank(place)}{each.error}" for place, each in enumerate(everyone) if each.error]
         if failed or self._is_publishing:
@@ -525,7 +523,7 @@ def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cach
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     checkpoint = comm.on_rank_0(partial(into.at, step))
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
-    with comm.agreed(), saying(f"cannot remove the checkpoints after {checkpoint}"):
+    with comm.agreed(), saying(Problem.LATER_CHECKPOINTS_KEPT, checkpoint):
         if comm.rank == 0:
             into.remove(conflicting_checkpoints(into.run, checkpoint))
     return checkpoint

@@ -23,12 +23,14 @@ from featurestore.published.versions import PublishedFile
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, FaultyStorage, fails, made_but_lost, while_set
 from tests.fuse import FORK, Fuse
-from tests.trainer.checkpoints import damage, files_of, steps_of
+from tests.raised import compare, raises, told
+from tests.trainer.checkpoints import damage, differs, files_of, steps_of
 from tests.trainer.conftest import make_places
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, save, state_at
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TakenOverError
+from trainer.problems import Problem
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
 from trainer.runs.saved import open_trained, read_run
@@ -97,14 +99,16 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
     state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
     outside = ("../x", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300)
     changed = (content[:-20], content.replace('"step": 50', '"step": 51'), "[]", "{}", content.replace("{", "", 1))
-    for damaged, problem in (
-        *((each.encode(), "") for each in changed),
-        *((state_bytes(state, {name: part}), ": files") for name in outside),
-        (state_bytes(state, {"rows-00000-of-00001.safetensors": part}), r": dense\.safetensors is not among"),
+    bad, without_dense = Problem.CHECKPOINT_FILE_BAD, {"rows-00000-of-00001.safetensors": part}
+    for damaged, problem, values in (
+        *((each.encode(), bad, {"reason": re.compile(r"state\.json")}) for each in changed),
+        *((state_bytes(state, {name: part}), bad, {"reason": re.compile(r"state\.json.*: files")}) for name in outside),
+        (state_bytes(state, without_dense), Problem.CHECKPOINT_FILE_UNLISTED, {"file": "dense.safetensors"}),
     ):
         file.write_bytes(damaged)
-        with pytest.raises(DamagedCheckpointError, match=rf"state\.json is damaged{problem}"):
+        with raises(DamagedCheckpointError, problem, **values) as caught:
             checkpoint.read_state(path)
+        assert f"{path}/state.json" in str(caught.value)
     file.write_bytes(state_bytes(state.model_copy(update={"format_version": 99}), {}))
     with pytest.raises(CheckpointError, match="has format 99"):
         checkpoint.read_state(path)
@@ -113,14 +117,16 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
 def test_what_a_name_means(run: RunPath) -> None:
     """The same for run.resume, run.warm_start and --checkpoint."""
     other = save(run.parent / "other")
-    with pytest.raises(CheckpointError, match=r"run\.resume=latest: .*/a has no checkpoint in"):
+    asked = {"asked": "run.resume=latest: ", "run": run}
+    with raises(CheckpointError, Problem.RUN_WITHOUT_CHECKPOINT, where=run / "checkpoints", **asked):
         find_checkpoint(run, "latest", "run.resume=")
     first, last = save(run, step=50), save(run, step=60)
     assert [find_checkpoint(run, name) for name in (None, "latest", "60")] == [last] * 3
     assert [find_checkpoint(run, name) for name in ("50", "step-00000050", str(first))] == [first] * 3
     assert find_checkpoint(run, str(other)) == other
     for name in ("7", "step-7", str(run), f"{run}/step-00000050"):
-        with pytest.raises(CheckpointError, match=rf"--checkpoint {name}: no such checkpoint; .* has step-00000050, s"):
+        known = "step-00000050, step-00000060"
+        with raises(CheckpointError, Problem.NO_SUCH_CHECKPOINT, where="--checkpoint ", value=name, found=known):
             find_checkpoint(run, name)
 
 
@@ -167,12 +173,14 @@ def test_images_without_a_feature_stop_nothing(
 def test_a_folder_of_runs_and_a_configuration_that_is_not_the_checkpoints_are_refused(
     three_steps: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"is not a run's folder: .*; it holds the runs a"):
+    hint = re.compile(r"\ba$")  # the runs in it
+    with raises(ConfigError, Problem.NOT_A_RUN, where=three_steps.parent, hint=hint):
         read_run(three_steps.parent)
     copy = shutil.copytree(three_steps, tmp_path / "a")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("visual_width: 12", "visual_width: 13"))
-    with pytest.raises(CheckpointError, match=r"model\.visual_width is 13 here, 12 in the checkpoint"):
+    differing = differs("model.visual_width", 13, other=12, there="in the checkpoint")
+    with raises(CheckpointError, Problem.CHECKPOINT_OF_OTHER_RUN, where=finished(copy)[-1], differing=differing):
         open_trained(copy, SoloComm())
 
 
@@ -342,8 +350,7 @@ def test_rows_that_no_rank_wrote_are_named(tmp_path: Path) -> None:
     """Of a table of another kind, or of other shards."""
     found = save(tmp_path)
     names = [*Trained().rows, "item/0000/ids"]
-    told = r"step-00000050 lacks item/0000/ids and 0 more; was it written with other model\.tables,"
-    with pytest.raises(CheckpointError, match=told):
+    with raises(CheckpointError, Problem.LACKS_ROWS, where=found, missing="item/0000/ids", more=0):
         checkpoint.read_rows(found, checkpoint.read_state(found), names)
 
 
@@ -399,10 +406,10 @@ def test_of_two_writers_the_one_that_began_last_goes_on_and_the_other_ends(run: 
     refused = on_ranks(2, lambda comm: Checkpointer(comm, first, None, nothing).save(Trained(), state_at(60), 3, None))
     for each in refused:
         assert isinstance(each, TakenOverError) and each.exit_code == USAGE, "a supervisor does not start it again"
-        assert re.search("written to by another start of this run, .*start one alone", str(each))
+        compare(each, Problem.TAKEN_OVER, where=run / "checkpoints", writer=re.compile("^, .+"))
     assert steps_of(run) == [50]
     save(second, 60, 2.0)
-    with pytest.raises(TakenOverError, match="another start"):
+    with raises(TakenOverError, Problem.TAKEN_OVER, where=run / "checkpoints"):
         save(first, 70, 1.0)
     assert steps_of(run) == [50, 60] and values(finished(run)[-1]) == {2.0}
 
@@ -412,7 +419,7 @@ def test_of_two_writers_that_begin_at_once_one_is_refused(run: RunPath) -> None:
     for place in (first, second):
         assert not place.has(50)
     first.remove([first.at(50)])
-    with pytest.raises(TakenOverError, match="another start"):
+    with raises(TakenOverError, Problem.TAKEN_OVER, where=run / "checkpoints"):
         second.remove([second.at(50)])
 
 
@@ -428,7 +435,7 @@ def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_aft
     save(place, 50, 1.0)
     for step in (60, 80):
         lost.set()
-        with pytest.raises(CheckpointError, match="connection reset"):
+        with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, reason=re.compile("connection reset")):
             save(place, step, 2.0)
         lost.clear()
         assert steps_of(folder)[-1] == step, "nobody said so"
@@ -436,7 +443,7 @@ def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_aft
             save(place, 70, 3.0)
             assert values(finished(folder)[-1]) == {3.0} and steps_of(folder)[-1] == 70
     CheckpointPlace(folder).claim()
-    with pytest.raises(TakenOverError):
+    with raises(TakenOverError, Problem.TAKEN_OVER, where=folder / "checkpoints"):
         save(place, 90, 3.0)
 
 
@@ -446,7 +453,8 @@ def test_what_cannot_be_written_leaves_no_checkpoint(folder: RunPath, call: str)
     place = faulty(folder, away, call, fails("S3 is away"))
     save(place, 50)
     away.set()
-    with pytest.raises(CheckpointError, match=r"cannot write s3://.*step-00000060: S3 is away"):
+    where, reason = f"{folder}/checkpoints/step-00000060", re.compile("S3 is away")
+    with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, where=where, reason=reason):
         save(place, 60)
     assert steps_of(folder) == [50]
     away.clear()
@@ -467,7 +475,8 @@ def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: RunP
     place = faulty(folder, late, "create_or_read", after_an_expiry)
     save(place, 50)
     late.set()
-    with pytest.raises(CheckpointError, match=r"step-00000060-rows.* was removed before its checkpoint was published"):
+    told_by = re.compile(told(Problem.REMOVED_BEFORE_PUBLISHED, where=re.compile("s3://.*step-00000060-rows.*")))
+    with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, reason=told_by):
         save(place, 60)
     save(place, 70, 2.0)
     assert steps_of(folder) == [50, 70] and values(finished(folder)[-1]) == {2.0}
@@ -503,7 +512,8 @@ def test_the_newest_and_the_best_are_kept(run: RunPath) -> None:
 def test_wrong_credentials_are_one_error(folder: RunPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     place = CheckpointPlace(folder)
-    with pytest.raises(CheckpointError, match=r"cannot write s3://.*are the credentials right"):
+    where, reason = f"{folder}/checkpoints/step-00000050", re.compile("are the credentials right")
+    with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, where=where, reason=reason):
         save(place, 50)
     with pytest.raises(StorageError, match="are the credentials right"):
         place.claim()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from featurestore.upkeep.history import move_channel, restore
 from featurestore.upkeep.verify import repair
 from jobs.export_embeddings import app as export_app
 from tests.cli import invoke, said
+from tests.raised import raises, told
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, add_a_row, drawn_store, make_days, make_places, permuted, remade
 from tests.trainer.whole_runs import report_of, run_alone
@@ -27,6 +29,7 @@ from trainer.daily import follow
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import app as evaluate_app
 from trainer.prerank.__main__ import app as prerank_app
+from trainer.problems import Problem
 from trainer.runs.checkpoint import read_recorded, read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import kind_of_features, open_partition, store_places
@@ -66,7 +69,8 @@ def test_a_run_goes_on_with_the_recorded_snapshot_of_each_content_or_one_that_is
         report = report_of(run_alone(places, **settings | changes))
         return {name: store["version"] for name, store in report["stores"].items()}
 
-    with pytest.raises(DataError, match=r"data\.stores\.titles=.*titles is not a feature store; create it with: cross"):
+    absent = {"where": "data.stores.titles", "value": titles, "command": f"crossmedia import --store {titles}"}
+    with pytest.raises(DataError, match=told(Problem.NO_STORE_AT_SETTING, **absent)):
         train(6)
     make_titles()
     assert train(6) == {"images": 1, "titles": 1}
@@ -94,21 +98,25 @@ ADDRESSES = [
     (BOTH, "model.images=none data.stores.titles=b", []),
     (["titles"], "data.store=a", [("titles", "a", None)]),
     (["titles"], "data.store=b data.stores.titles=a", [("titles", "a", None)]),
-    (BOTH, "data.store=a", r"titles has no address: set data\.stores\.titles"),
-    (BOTH, "data.stores.titles=b data.stores.tiles=c", r"data\.stores\.tiles: no content .* only images"),
+    (BOTH, "data.store=a", (Problem.STORE_WITHOUT_ADDRESS, {"where": "titles", "value": "a"})),
+    (
+        BOTH,
+        "data.stores.titles=b data.stores.tiles=c",
+        (Problem.UNUSED_STORE, {"where": "tiles", "known": re.compile("^images")}),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("contents", "settings", "found"), ADDRESSES)
 def test_data_store_is_that_of_the_images_or_the_only_one(
-    contents: list[str], settings: str, found: list[Any] | str, tmp_path: Path
+    contents: list[str], settings: str, found: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "schema.yaml").write_text(SCHEMA)
     schema = load_schema(tmp_path / "schema.yaml")
     fields = tuple(each for each in schema.fields if each.kind != "content" or each.store_name in contents)
     schema, config = schema.model_copy(update={"fields": fields}), load_config(settings=settings.split())
-    if isinstance(found, str):
-        with pytest.raises(ConfigError, match=found):
+    if isinstance(found, tuple):
+        with raises(ConfigError, found[0], **found[1]):
             store_places(config, schema)
     else:
         assert [(each.name, each.url, each.version) for each in store_places(config, schema)] == found
@@ -132,7 +140,8 @@ def test_a_run_keeps_the_snapshot_that_its_channel_had_when_it_began_and_command
     evaluated = (run, "--store", store.url, "--bootstrap", 0, "--out", tmp_path / "report")
     assert "is at snapshot" in said(evaluate_app, *evaluated)
     assert "is at snapshot" not in said(evaluate_app, *evaluated, "--store-version", "stable")
-    assert "--store-version: it needs --store" in said(evaluate_app, run, "--store-version", "stable", code=2)
+    without = said(evaluate_app, run, "--store-version", "stable", code=2)
+    assert f"--store-version: {Problem.VERSION_WITHOUT_STORE}" in without
     exported = said(export_app, "--run", run, "--store-version", "stable", "--out", tmp_path / "visual.parquet")
     assert f"features snapshot {stable.version} of" in exported
     newest = SnapshotId.of(store.snapshot())
@@ -218,7 +227,7 @@ class TestRebuilt:
         with pytest.raises(AnotherStoreError, match=f"This is .* of store {again.info.store_id[:8]}"):
             resume(own)
         (run / "accepted-stores.json").write_text("{")
-        with pytest.raises(CheckpointError, match=r"accepted-stores\.json is damaged: .*accept the store again"):
+        with raises(CheckpointError, Problem.ACCEPTED_STORES_DAMAGED, where=run / "accepted-stores.json"):
             resume(own)
 
     def test_an_index_is_of_one_store(self, own: Places, tmp_path: Path) -> None:
@@ -249,7 +258,8 @@ class TestTheSame:
         assert report_of(run)["stores"] == {"images": chosen.model_dump()}
         open_partition(config, SoloComm(), place, chosen).close()
         elsewhere = chosen.model_copy(update={"store_id": "a" * 32, "commit_id": "b" * 32})
-        with pytest.raises(AnotherStoreError, match=r"rank 0 found .*of store aaaaaaaa .*all machines need the same s"):
+        first, own_one = re.compile("of store aaaaaaaa "), re.compile(f"of store {chosen.store_id[:8]} ")
+        with raises(AnotherStoreError, Problem.OTHER_STORE_THAN_RANK_0, value=place.url, first=first, own=own_one):
             open_partition(config, SoloComm(), place, elsewhere)
 
     def test_restored_compacted_grown_and_copied_to_another_address(self, own: Places, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ import yaml
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
-from tests.trainer.checkpoints import damage, tensors_of
+from tests.raised import raises, told
+from tests.trainer.checkpoints import damage, differs, tensors_of
 from tests.trainer.conftest import Places, add_a_row, drawn_store, make_places
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError
 from trainer.loop.training import total_steps
+from trainer.problems import Problem
 from trainer.runs.checkpoint import DENSE, CheckpointState, RunFingerprint, WarmStart, warm_start
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
@@ -81,17 +83,21 @@ def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path
     assert_same(halves, whole)
 
 
+def refused(where: str, value: object, **other: object) -> str:
+    return told(Problem.WARM_START_OF_OTHER_RUN, differing=differs(where, value, **other))
+
+
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [
-        ("partial", {"model__mlp": [9, 4]}, r"else; set back:\n  model\.mlp is \[9, 4\] here, \[8, 4\] in the "),
-        ("partial", {"model__embed_hidden": [9, 4]}, r"model\.embed_hidden is \[9, 4\] here"),
-        ("partial", {"model__multi_hot": "sum"}, r"model\.multi_hot is 'sum' here"),
-        ("partial", {"model__images": "none"}, "has an E for images, and this run uses none; set model.images"),
+        ("partial", {"model__mlp": [9, 4]}, refused("model.mlp", [9, 4], other=[8, 4], there="in the checkpoint")),
+        ("partial", {"model__embed_hidden": [9, 4]}, refused("model.embed_hidden", [9, 4])),
+        ("partial", {"model__multi_hot": "sum"}, refused("model.multi_hot", "sum")),
+        ("partial", {"model__images": "none"}, told(Problem.CHECKPOINT_HAS_IMAGES)),
         ("all", {"model__tables__item": 640}, r"item/0000/weight has shape \(16, 12\) in the checkpoint"),
-        ("all", {"model__table_shards": 2}, r"model\.table_shards is 2 here"),
-        ("all", {"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here"),
-        ("all", {"model__id_init_std": 0.05}, r"model\.id_init_std is 0\.05 here"),
+        ("all", {"model__table_shards": 2}, refused("model.table_shards", 2)),
+        ("all", {"optim__ids": "rowwise_adagrad"}, refused("optim.ids", "rowwise_adagrad")),
+        ("all", {"model__id_init_std": 0.05}, refused("model.id_init_std", 0.05)),
     ],
 )
 def test_other_settings_are_named(own: Places, before: Path, parts: str, changes: dict[str, Any], message: str) -> None:
@@ -112,22 +118,22 @@ def test_settings_that_change_no_meaning_may_differ(own: Places, before: Path, c
 
 
 @pytest.mark.parametrize(
-    ("theirs", "mine", "told"),
+    ("theirs", "mine"),
     [
-        ({"std": [1.0]}, {"std": [2.0]}, r"std is \[2\.0\] here"),
-        ({}, {"weights": "ad_weight"}, "weights is 'ad_weight' here"),
-        ({"boundaries": [1.0, 2.0]}, {"boundaries": [1.0, 3.0]}, "boundaries"),
+        ({"std": [1.0]}, {"std": [2.0]}),
+        ({}, {"weights": "ad_weight"}),
+        ({"boundaries": [1.0, 2.0]}, {"boundaries": [1.0, 3.0]}),
     ],
 )
 @pytest.mark.parametrize("parts", ["partial", "all"])
-def test_fields_that_mean_something_else_are_noticed(
-    theirs: dict[str, Any], mine: dict[str, Any], told: str, parts: Any
-) -> None:
+def test_fields_that_mean_something_else_are_noticed(theirs: dict[str, Any], mine: dict[str, Any], parts: Any) -> None:
     """Where neither names nor shapes tell."""
     models = ({"fields": {"ad_item": {"kind": "id", **each}}} for each in (theirs, mine))
     old, new = (RunFingerprint(data={}, train={}, stores={}, optim={}, model=each) for each in models)
     state = CheckpointState.model_construct(origin=old, files={DENSE: ""})
-    with pytest.raises(CheckpointError, match=rf"model\.fields\.ad_item\.{told}"):
+    ((name, value),) = mine.items()
+    differing = differs(f"model.fields.ad_item.{name}", value)
+    with raises(CheckpointError, Problem.WARM_START_OF_OTHER_RUN, where="old", differing=differing):
         warm_start(SoloComm(), WarmStart(Path("old"), state, parts), new, None)  # type: ignore[arg-type]
 
 
@@ -135,16 +141,20 @@ def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path
     schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     schema["fields"].reverse()
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
-    for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
-        with pytest.raises(CheckpointError, match=r"model\.fields is '.*' here, '.*' in the checkpoint"):
+    differing = differs("model.fields", re.compile("'.*'"), other=re.compile("'.*'"), there="in the checkpoint")
+    for problem, changes in (
+        (Problem.CHECKPOINT_OF_OTHER_RUN, {"run__name": "before", "run__resume": "latest"}),
+        (Problem.WARM_START_OF_OTHER_RUN, {"run__warm_start": before}),
+    ):
+        with raises(CheckpointError, problem, where=find_checkpoint(before), differing=differing):
             opened(own, data__schema_file=tmp_path / "schema.yaml", **changes)
 
 
 def test_a_damaged_file_is_named(own: Places) -> None:
     run = trained(own, "damaged", 1)
-    damage(run, 1, "rows-00000-of-00001.safetensors", "-1")
+    damage(run, 1, rows := "rows-00000-of-00001.safetensors", "-1")
     opened(own, run__warm_start=run).close()  # partial: the file is not needed
-    with pytest.raises(CheckpointError, match=r"rows-00000-of-00001\.safetensors is damaged"):
+    with raises(CheckpointError, Problem.CHECKPOINT_FILE_CHANGED, where=f"{find_checkpoint(run)}/{rows}"):
         opened(own, run__warm_start=run, run__warm_parts="all")
 
 
@@ -154,20 +164,22 @@ def test_features_of_another_kind_are_refused(own: Places, before: Path) -> None
     drawn_store(own.folder / "other", features_ND, 1_000, extractor=extractor)
     drawn_store(own.folder / "wide", features_ND[:, :8], 1_000, dtype="bfloat16")
     remake(FeatureStore.open(own.folder / "features"), own.folder / "compact", dims=6, dtype="float32")
-    expected = (("other", r"extractor\.weights_digest is 'x' here, '0'"), ("compact", r"basis is '\w{64}' here, None"))
+
+    def images(name: str, value: object, other: object) -> re.Pattern[str]:
+        return differs(f"stores.images.{name}", value, other=other, there="in the checkpoint")
+
+    expected = [("other", images("extractor.weights_digest", "x", "0"))]
+    expected += [("compact", images("basis", re.compile(r"'\w{64}'"), None)), ("wide", images("dim", 8, 16))]
+    expected += [("wide", images("dtype", "bfloat16", "float32"))]
     for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
-        for name, told in (*expected, ("wide", "dim is 8 here, 16")):
-            with pytest.raises(CheckpointError) as caught:
+        for name, differing in expected:
+            with raises(CheckpointError, Problem.CHECKPOINT_OF_OTHER_FEATURES, differing=differing):
                 opened(own, data__store=own.folder / name, **changes)
-            said = str(caught.value)
-            assert re.search(rf"stores\.images\.{told} in the checkpoint", said)
-            assert "set data.store to a store of that kind" in said
-        assert "stores.images.dtype is 'bfloat16' here, 'float32' in the checkpoint" in said
 
 
 def test_a_run_without_images_is_told_so(own: Places) -> None:
     run = trained(own, "plain", 1, model__images="none")
-    with pytest.raises(CheckpointError, match=r"was trained without images.*set model\.images as it was"):
+    with raises(CheckpointError, Problem.CHECKPOINT_WITHOUT_IMAGES, where=find_checkpoint(run)):
         opened(own, run__warm_start=run)
     opened(own, run__warm_start=run, model__images="none").close()
 

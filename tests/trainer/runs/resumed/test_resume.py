@@ -1,5 +1,6 @@
 """Going on from an earlier checkpoint: later ones are refused or replaced as a whole, damaged ones are passed over."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import pytest
 from featurestore.errors import USAGE
 from featurestore.published.paths import RunPath
 from featurestore.storage.local import DiskFiles
-from tests.trainer.checkpoints import content_of, damage, files_of, names_of, of_step, steps_of
+from tests.raised import raises
+from tests.trainer.checkpoints import content_of, damage, differs, files_of, names_of, of_step, steps_of
 from tests.trainer.conftest import Places
 from tests.trainer.runs.saved import Trained, on_ranks, save
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TrainerError
+from trainer.problems import Problem
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import Resumed, SkippedCheckpoint, continued
 from trainer.runs.folder import Checkpoint, finished
@@ -72,8 +75,8 @@ def test_later_checkpoints_refuse_it_untouched_and_overwriting_leaves_the_new_st
     runs: Runs, trained: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, first = content(runs.folder), content_of(runs.step("a", 2))
-    refused = r"do not lead to this one, .*: step-00000004, step-00000006; continue from the newest"
-    with pytest.raises(ConfigError, match=refused):
+    refused = {"value": runs.step("a", 2), "where": runs.folder / "a", "found": "step-00000004, step-00000006"}
+    with raises(ConfigError, Problem.RUN_HAS_LATER_CHECKPOINTS, **refused):
         runs.branch("a")
     assert content(runs.folder) == before
     capsys.readouterr()
@@ -98,7 +101,8 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
 def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, trained: Runs) -> None:
     other = runs.train("b", train__max_steps=4)
     before = content(other)
-    with pytest.raises(ConfigError, match=r"step-00000002, step-00000004; continue from the newest"):
+    later = "step-00000002, step-00000004"
+    with raises(ConfigError, Problem.RUN_HAS_LATER_CHECKPOINTS, where=other, found=later):
         runs.branch("b")
     assert content(other) == before
     runs.branch("b", run__overwrite=True)
@@ -145,7 +149,7 @@ def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
         claim(place, damaged)
 
     monkeypatch.setattr(CheckpointPlace, "claim", claimed)
-    with pytest.raises(CheckpointError, match="has a new checkpoint, of another start of this run") as caught:
+    with raises(CheckpointError, Problem.STARTED_TWICE, where=runs.folder / "a") as caught:
         runs.train("a", run__resume="latest", train__max_steps=8)
     assert caught.value.exit_code != USAGE and steps_of(runs.folder / "a") == [2, 4, 6, 50]
 
@@ -161,7 +165,8 @@ def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(Path, "hardlink_to", refused)
-    with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
+    reason = re.compile("Permission denied")
+    with raises(TrainerError, Problem.RUN_DIR_UNUSABLE, value=runs.folder, reason=reason):
         runs.train("a", run__overwrite=True, optim__lr=0.5)
     assert steps_of(runs.folder / "a") == [2, 4, 6]
 
@@ -205,7 +210,8 @@ def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_a
     *_, last = done.stderr.splitlines()
     assert done.returncode == 2 and last.startswith("supervise: rank 0 on localhost ended with exit code 2"), last
     assert last.endswith("or set back); not started again"), done.stderr
-    assert done.stderr.count("model.mlp is [9, 4] here, [8, 4] in the checkpoint") == 1, "the rank's line"
+    line = differs("model.mlp", [9, 4], other=[8, 4], there="in the checkpoint")
+    assert len(line.findall(done.stderr)) == 1, "the rank's line"
     assert "resuming at step 6 on 1 rank" in done.stderr
 
 
@@ -225,17 +231,19 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     damage(run, 6, "dense.safetensors", "missing")
     damage(run, 4, ROWS, "-1")
     before = finished(run)[-1].files.published
-    with pytest.raises(DamagedCheckpointError, match=r"step-00000006/dense.safetensors is missing; take another check"):
+    where = f"{run}/checkpoints/step-00000006/dense.safetensors"
+    with raises(DamagedCheckpointError, Problem.CHECKPOINT_FILE_MISSING, where=where):
         trained(folder, run__resume=6)
     assert finished(run)[-1].files.published == before, "nothing was touched"
     capsys.readouterr()
     trained(folder, run__resume="auto")
     said = " ".join(capsys.readouterr().out.split())
-    for step, why in ((6, "dense.safetensors is missing"), (4, f"{ROWS} is damaged: its digest is not the one in s")):
+    missing, changed = Problem.CHECKPOINT_FILE_MISSING, Problem.CHECKPOINT_FILE_CHANGED
+    for step, file, problem in ((6, "dense.safetensors", missing), (4, ROWS, changed)):
         name = f"step-{step:08}"
         assert f"warning: {name} is skipped, and kept as damaged-{name} in {run}/checkpoints: " in said
-        assert f"{name}/{why}" in said
-    assert said.count("continuing from step 2") == 2
+        why = problem.of(f"{run}/checkpoints/{name}/{file}").partition(";")[0]
+        assert f"{why}; continuing from step 2" in said
     assert_same(run, expected, metrics=True)
     files = finished(run)[-1].files
     assert files.list() == ["damaged-step-00000004", "damaged-step-00000006", *names_of(run)]
@@ -252,7 +260,8 @@ def test_if_all_are_damaged_the_newest_is_named(places: Places, tmp_path: Path) 
     for step in (2, 4):
         damage(run, step, "state.json", "cut")
     before = content(run)
-    with pytest.raises(DamagedCheckpointError, match=r"step-00000004/state\.json is damaged"):
+    reason = re.compile(r"step-00000004/state\.json")
+    with raises(DamagedCheckpointError, Problem.CHECKPOINT_FILE_BAD, reason=reason):
         runs.train("a", run__resume="auto")
     assert content(run) == before, "nothing was touched"
 

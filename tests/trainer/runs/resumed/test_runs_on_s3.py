@@ -81,7 +81,7 @@ def test_every_command_reads_it_as_one_of_a_disk(
 
 def test_a_run_that_is_there_is_refused_or_replaced(places: Places, s3_url: str) -> None:
     far = train_on(places, s3_url, train__max_steps=4)
-    with pytest.raises(ConfigError, match=r"holds a run already; continue it by run\.resume=latest"):
+    with raises(ConfigError, Problem.RUN_EXISTS, where=far):
         train_on(places, s3_url)
     train_on(places, s3_url, train__max_steps=2, run__overwrite=True)
     assert steps_of(far) == [2]
@@ -100,7 +100,7 @@ def test_a_second_start_ends_the_first(places: Places, s3_url: str, monkeypatch:
         return step(engine, prepared)
 
     monkeypatch.setattr(Engine, "train_step", taken_over)
-    with pytest.raises(TakenOverError, match="written to by another start of this run"):
+    with raises(TakenOverError, Problem.TAKEN_OVER, where=f"{run_path(s3_url)}/a/checkpoints"):
         train_on(places, s3_url)
     there = steps_of(run_path(s3_url) / "a")
     assert there[0] == 2 and 6 not in there
@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
     assert told in capsys.readouterr().out.replace("\n", " ")
     assert report_of(run)["checkpoints"] == {"written": 1, "failed": 2}
     monkeypatch.setattr(training, "MOST_FAILURES", 1)
-    with pytest.raises(CheckpointError, match=r"step 4 cannot be written: .*; nor could the 1 before it"):
+    with raises(CheckpointError, Problem.CHECKPOINTS_FAIL, where=4, reason=re.compile("No space left"), before=1):
         train_on(places, tmp_path, "b")
 
 
