@@ -4,7 +4,7 @@ from featurestore.errors import Sentences
 
 
 class Problem(Sentences):
-    """What can be wrong, in the order of the names."""
+    """What can be wrong, by name."""
 
     BROKEN = "broken"
     BUG = "an error in the explorer ({kind}): its log says where"
@@ -25,9 +25,7 @@ class Problem(Sentences):
     NOT_CACHED = "the points of this map are not cached any more; open its page again"
     NOT_CONFIG = "config.yaml is not a configuration of a run"
     NOT_DAY = "{where} {value!r} is not a day; write it as 2026-11-27, or 2026-11-27T18:30"
-    NOT_DOWNLOADED = (
-        "The weights {where} of {network} are not in this machine's cache of torch; nothing is downloaded here."
-    )
+    NOT_DOWNLOADED = "The weights {where} of {network} are not in this machine's cache of torch; nothing is downloaded here."
     NOT_EVALUATION = "{where} is not an evaluation of this version: {reason}"
     NOT_EXPORT = "{where} is not an earlier export; name a new folder"
     NOT_FORM = "a picture is sent by the form, as multipart/form-data"

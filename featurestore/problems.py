@@ -6,7 +6,6 @@ from featurestore.errors import Sentences
 class Problem(Sentences):
     """What can be wrong, by name."""
 
-    # fmt: off
     ABSENT_READS_ALL = "it reads every file of a store: give no --version"
     ADDRESS_WITHOUT_BUCKET = "{where} has no bucket: write s3://BUCKET/...; is a variable in it not set?"
     ADDRESS_WITHOUT_SERVER = "{where} has no server: write hdfs://HOST:PORT/{path}, or hdfs://default/{path} for the server that Hadoop's configuration names"

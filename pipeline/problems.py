@@ -4,7 +4,7 @@ from featurestore.errors import Sentences
 
 
 class Problem(Sentences):
-    """What can be wrong, in the order of the names."""
+    """What can be wrong, by name."""
 
     ALL_ROWS_BAD = "{where}, impressions: all {count:,} rows are bad ({reasons}){hint}"
     BAD_ROW = "row {where} of the {log}: {reason}"
@@ -64,9 +64,7 @@ class Problem(Sentences):
     NO_FEATURES = "{where} has no features at all"
     NO_FILES_ENDING = "there are no files ending in {value} at {where}: give the file or folder of your {what}"
     NO_FOLDER = "there is no folder {where}"
-    NO_GOOD_LINE = (
-        "{where}: no good line is left to train on, of {count:,} ({reasons}); give more lines or a smaller --test-share"
-    )
+    NO_GOOD_LINE = "{where}: no good line is left to train on, of {count:,} ({reasons}); give more lines or a smaller --test-share"
     NO_IMAGES = "no images in {where} ({ignored} other files): looked for {wanted}"
     NO_IMAGES_THERE = "there is no folder or table {where}: give that of your images"
     NO_IMPRESSIONS = "{where}/impressions: no impressions on {value}"
@@ -74,9 +72,7 @@ class Problem(Sentences):
     NO_LABEL_COLUMNS = "{where} needs the columns image and label; it has {value}"
     NO_LOG_FILES = "{where}: no .parquet files in it; --logs must have impressions/ and behaviors/, or a mapping: crossmedia schema inspect {logs} --out mapping.yaml, then --mapping mapping.yaml{hint}"
     NO_MAPPED_FILES = "{where}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs{hint}"
-    NO_MAPPING_FILE = (
-        "--mapping {where} is not a file; crossmedia schema inspect LOGS --out mapping.yaml writes a first one"
-    )
+    NO_MAPPING_FILE = "--mapping {where} is not a file; crossmedia schema inspect LOGS --out mapping.yaml writes a first one"
     NO_READABLE_IMAGE = "none of the {count} images in {where} can be read; the first: {reason}"
     NO_ROOM_FOR_LISTING = "cannot keep the listing in {where}: {reason}; set TMPDIR to a folder with room"
     NO_ROWS = "{where} has no rows"
@@ -103,16 +99,12 @@ class Problem(Sentences):
     ONLY_WITH_DRAWN = "goes with drawn clothes; with --images every readable image is an item"
     ONLY_WITH_IMAGES = "goes with --images"
     OPTION_INSIDE = "{where} would be replaced by the samples, with {option} {value} in it; name another"
-    OTHER_COLUMNS = (
-        "the columns of the new days ({value}) are not those of {where} ({wanted}), or of other types; rebuild all days"
-    )
+    OTHER_COLUMNS = "the columns of the new days ({value}) are not those of {where} ({wanted}), or of other types; rebuild all days"
     OTHER_DEMO = "{where} has a demo made with other options ({options}): give --force to replace it, or another --out"
     OTHER_MODEL = "weights {where}: not those of torchvision's {model}, without {missing}"
     OTHER_OPTION = "--{where} {value}: {samples} was made with {made}; leave the option out, or rebuild all days"
     OTHER_PRECISION = "--precision {value}, and the features at {where} were computed in {stored}: leave the option away, or use another store"
-    OTHER_URI_STORED = (
-        "key {where} is {stored!r} in the store and {value!r} among the images: rename one, or use another store"
-    )
+    OTHER_URI_STORED = "key {where} is {stored!r} in the store and {value!r} among the images: rename one, or use another store"
     OWN_FOLDER = "{where} is the folder that this command runs in, or one above it, and would be replaced by the samples; name another"
     QUOTED_LINES = "line {where}: a value in quotes has several lines, and no key or uri has; close it"
     RANGE_OF_NO_LAYER = "int8: the store has a range for {where}, which this version of the network lacks"
@@ -128,9 +120,7 @@ class Problem(Sentences):
     SPLIT_OF_NO_LIST = "split is for kind multi_id, not {value}"
     TABLE_OF_LAKE = "{where}: a table of Delta or Iceberg, whose files have removed rows too; name its own folder by files in a mapping"
     TAKEN_NAME = "a further column cannot be called {value}: the samples have that; rename it by column:"
-    TIME_FORM_NEEDED = (
-        "; say in the mapping how times are written: time_format: {value} (as of strptime), or time_unit: ms"
-    )
+    TIME_FORM_NEEDED = "; say in the mapping how times are written: time_format: {value} (as of strptime), or time_unit: ms"
     TOO_FEW_FOR_INT8 = "int8 is calibrated on 2 images or more, and {value} of {count} can be used"
     TOO_FEW_IMAGES = "{value} readable images in {where}: at least {least} make a demo"
     TOO_FEW_WORKERS = "{value} of {wanted} workers are at {where} after {timeout_s:g} s; start more with `dask worker {where}`, or lower --wait-workers, or raise --timeout"

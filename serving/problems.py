@@ -4,7 +4,7 @@ from featurestore.errors import Sentences
 
 
 class Problem(Sentences):
-    """What can be wrong, in the order of the names."""
+    """What can be wrong, by name."""
 
     ANSWERS = "{where} answers {status}: {reason}"
     ARROW_COMPRESSED = "the Arrow stream is compressed, and may grow without limit: write it without compression"

@@ -85,7 +85,7 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
             prefix = ".".join([*path[:-1], ""]).lstrip(".")
             return Problem.SETTING_UNKNOWN.of(name, near_match(path[-1], _names_at(model, path[:-1]), prefix))
         case "missing":
-            return Problem.SETTING_MISSING.of(name)
+            return Problem.MISSING.of(name)
         case "model_type" | "model_attributes_type":
             return Problem.SETTING_NOT_A_MAPPING.of(name or "the file", details["input"])
         case _:

@@ -4,11 +4,9 @@ from featurestore.errors import Sentences
 
 
 class Problem(Sentences):
-    """What can be wrong, in the order of the names."""
+    """What can be wrong, by name."""
 
-    ACCEPTED_STORES_DAMAGED = (
-        "{where} is damaged: {reason}; remove it, and accept the store again: crossmedia compat RUN STORE"
-    )
+    ACCEPTED_STORES_DAMAGED = "{where} is damaged: {reason}; remove it, and accept the store again: crossmedia compat RUN STORE"
     ADS_AND_SAMPLES = "give one of --ads and --samples"
     ADS_WITHOUT_ROWS = "--ads {where}: there is no *.parquet file with a row in it; give a table of ads"
     AD_TWICE = "--ads {where}: {column}={value} is in several rows; an ad has one row"
@@ -40,9 +38,7 @@ class Problem(Sentences):
     DIFFERENT_TYPES = "column {where} is {value} in some files and {other} in others; write one of them"
     DOES_NOT_GO_WITH = "{where} does not go with {value}; leave {value} out"
     DROPOUT_IN_TOWER = "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each sample; set model.dropout=0"
-    EARLY_STOPPING_WITHOUT_EVALUATIONS = (
-        "train.early_stopping counts evaluations; leave data.validation_days out or set train.eval_every=STEPS"
-    )
+    EARLY_STOPPING_WITHOUT_EVALUATIONS = "train.early_stopping counts evaluations; leave data.validation_days out or set train.eval_every=STEPS"
     EARLY_STOPPING_WITHOUT_SAMPLES = "train.early_stopping needs samples to evaluate on; data.test_days=[] names none"
     EMPTY_GROUP = "{where}: column {column} is an empty list; a sample group has at least one impression"
     EXPIRY_WITHOUT_DAYS = "model.tables.{where}.expire_days={value} counts the days of the training samples, and not all of their files are named by day, as day=2026-01-31.parquet; leave it out, or write the samples with: crossmedia samples"
@@ -51,13 +47,10 @@ class Problem(Sentences):
     FILL_WITHOUT_NUMBERS = "field {where}: fill={value} is for kind dense and for fields with buckets"
     FIRST_DAY_AGAIN = "--first-day {value}: the first run in {where} is that of {first}; leave it out"
     FIXED_PARAMETER = "model.base={value}: its parameter {parameter} has no gradient; make it a buffer"
-    HALF_A_LAUNCH = (
-        "{where} is set, but not {missing}: start all ranks by horovodrun or torchrun, or unset it for one rank alone"
-    )
+    HALF_A_LAUNCH = "{where} is set, but not {missing}: start all ranks by horovodrun or torchrun, or unset it for one rank alone"
     HOST_TWICE = "--hosts: host {value} is there twice; add its slots"
     IMAGES_LACKED = '{lacking}; {listing}; {hint}or set data.missing=learned, for a trained "no image" vector'
     IMAGE_DROPOUT_NEEDS_SMALL_START = "model.image_dropout={value} takes an ad for new while its ID rows lie where rows start, and with model.id_init_std={std} trained rows lie there too; set it to {limit} or less"
-    INDEX_FILE_MISSING = "{where} is missing"
     INDEX_OF_OTHER_CHECKPOINT = "{where} has vectors of checkpoint {value} of run {run}, and not of {wanted} of run {wanted_run}: they cannot be compared; name that checkpoint by --checkpoint, or build the index again, without --add"
     JOB_WITHOUT_RANKS = "the job does not say how many ranks a node has; add --ntasks-per-node=N to sbatch"
     KIND_IS_KEPT = "{where} keeps the kind and the limit of the index; leave {value} out"
@@ -71,6 +64,7 @@ class Problem(Sentences):
     LOST_RANK = "rank {rank} lost another rank in the middle of collective {where}; start again, with run.resume=latest and the run's name where it has a checkpoint{reason}"
     MAPPED_LABEL_DIFFERS = "label={value}: {where} is there already, and has label: {found}; correct it, or remove it so that it is guessed again"
     MAX_BELOW_MIN_RANKS = "--max-np {value} is less than --min-np {limit}"
+    MISSING = "{where} is missing"
     NAME_OF_NO_PART = "field {where}: {setting}={value} cannot name a part of the model; choose another, as my_{better}"
     NET_NOT_IMPORTED = "model.base={value}: importing {module} fails: {reason}; install the package, or set PYTHONPATH to the folder that has it, on every host"
     NEW_IDS_SHARE_A_ROW = "model.image_dropout={value} takes an ad for new while its ID rows are untrained, and with model.tables.{where}.admit_after={admit_after} new ids share a trained row; set model.tables.{where}.admit_after=1, or model.image_dropout=0"
@@ -102,14 +96,10 @@ class Problem(Sentences):
     NO_COMMON_COLUMN = "{where} have no column in common; the first line of a CSV file has to name its columns"
     NO_CONTENT_FIELD = "model.images={value} needs a field of kind content on side {side}, and the schema has none; add one to the schema, or set model.images to what it has"
     NO_DAY_CHOSEN = "--first-day and --last-day choose none of {first} to {last}; change them"
-    NO_DAY_EVALUATED = (
-        "no day of {where} is evaluated yet; wait for the samples of the next day, or name a run, {where}/DAY"
-    )
+    NO_DAY_EVALUATED = "no day of {where} is evaluated yet; wait for the samples of the next day, or name a run, {where}/DAY"
     NO_FIELD_TO_LEARN = "the schema has no field of kind id, multi_id or content; the model needs one"
     NO_FIELD_TO_QUERY = "model.pooling={value} needs a field on side ad to query with; set model.pooling=sum"
-    NO_FILE_OF_A_DAY = (
-        "data.samples={where} has no file day=DAY*.parquet in train/ or test/; write samples with: crossmedia samples"
-    )
+    NO_FILE_OF_A_DAY = "data.samples={where} has no file day=DAY*.parquet in train/ or test/; write samples with: crossmedia samples"
     NO_FILE_OF_SETTINGS = "{where}: there is no such file{below}"
     NO_GAUC = "the best epoch goes by GAUC, which the evaluation after step {where} has not: no user of its samples has both a click and an impression without; hold out more days (data.validation_days=2), or none, without train.early_stopping"
     NO_GPU_COLLECTIVES = "run.device=cuda: {reason}, start one rank alone, or take run.device=cpu"
@@ -118,9 +108,7 @@ class Problem(Sentences):
     NO_HOSTS = "--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine"
     NO_IDS_TO_QUERY = "model.pooling={value} queries with the ad's IDs too, and the schema has none on side ad; add one, or set model.pooling=attentive"
     NO_ID_OF_ADS = "{where}: no column has one id for each impression, by which new ads are known"
-    NO_IMAGE_VECTOR_TRAINED = (
-        'the checkpoint has a trained "no image" vector: continue with data.missing=learned, as it was trained'
-    )
+    NO_IMAGE_VECTOR_TRAINED = 'the checkpoint has a trained "no image" vector: continue with data.missing=learned, as it was trained'
     NO_LABEL_KNOWN = "no column is known as the label of impressions, so name it by label; columns of {known}"
     NO_NUMBERS = "field {where}: column {column} has no number in the training samples, so there is no {lacking} to be found; leave the field out, or give mean, std or boundaries in the schema"
     NO_PAIRED_FIELDS = "model.base=din needs a multi_id field on side user that shares its table with an id field on side ad, as behavior_item and ad_item share table item; add it to the schema, or set model.base=mlp"
@@ -128,9 +116,7 @@ class Problem(Sentences):
     NO_ROW_RATES = "the checkpoint has no learning rates of ID rows; set optim.ids as it was"
     NO_RUN_DIR = "run.dir={value}: {reason}"
     NO_SAMPLES = "{where} has no *.parquet file with samples ({value} files); write them with: crossmedia samples"
-    NO_SAMPLES_AT_SETTING = (
-        "data.samples={where} has no {value} samples; make them with: crossmedia samples --samples {where}{hint}"
-    )
+    NO_SAMPLES_AT_SETTING = "data.samples={where} has no {value} samples; make them with: crossmedia samples --samples {where}{hint}"
     NO_SAMPLES_OF_DAYS = "{where} has no samples of {value}: its files are {known}; change data.train_days or data.test_days, or write the samples with: crossmedia samples"
     NO_SRUN = "srun cannot be run: {reason}; are Slurm's commands on PATH?"
     NO_STORE_AT_SETTING = "{where}={value} is not a feature store; create it with: {command}"
@@ -170,9 +156,7 @@ class Problem(Sentences):
     RUN_EXISTS = "{where} holds a run already; continue it by run.resume=latest, choose another run.name, or replace it by run.overwrite=true"
     RUN_FILE_UNWRITABLE = "cannot write {where}: {reason}"
     RUN_HAS_LATER_CHECKPOINTS = "run.resume={value}: {where} holds checkpoints that do not lead to this one, and would be taken for this run's: {found}; continue from the newest by run.resume=latest, choose another run.name, or remove them by run.overwrite=true"
-    RUN_NOT_EVALUATED = (
-        "{where} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
-    )
+    RUN_NOT_EVALUATED = "{where} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
     RUN_WITHOUT_CHECKPOINT = "{asked}{run} has no checkpoint in {where}; train it first, without run.resume{hint}"
     RUN_WITHOUT_FIGURES = "{where} has no figures of steps; train it to its end, as with train.max_steps=50"
     RUN_WITHOUT_IMAGES = "{where} has model.images=none: it has no E for images; name another run by --run"
@@ -186,7 +170,6 @@ class Problem(Sentences):
     SETTINGS_NOT_A_MAPPING = "{where} has to be {wanted}, found {value}"
     SETTINGS_NOT_YAML = "{where} is not a readable YAML file: {reason}"
     SETTING_DIFFERS = "{where} is {value!r} here, {other!r} {there}"
-    SETTING_MISSING = "{where} is missing"
     SETTING_NOT_A_MAPPING = "{where}={value!r} has to be a mapping of names to values"
     SETTING_NOT_FREE = "{where}={value}: {reason}; leave it out"
     SETTING_NOT_YAML = "--set {value}: the value is not readable as YAML: {reason}"
@@ -195,9 +178,7 @@ class Problem(Sentences):
     SETTING_WRONG = "{where}={value!r}: {reason}"
     SLICES_OF_COMPARISON = "a comparison has no slices; leave out --by, or --against"
     SNAPSHOT_EMPTY = "{where} has no features in snapshot {value}; add them with: {command}"
-    STARTED_TWICE = (
-        "{where} has a new checkpoint, of another start of this run: start one alone, with run.resume=latest"
-    )
+    STARTED_TWICE = "{where} has a new checkpoint, of another start of this run: start one alone, with run.resume=latest"
     STATISTIC_WIDTH = "field {where}: {setting} has to be one number for each of the {width} of a row"
     STOP_SIGNAL = "{value} received"
     STORE_NOT_ACCEPTED = "not accepted: {reason}"
@@ -226,9 +207,7 @@ class Problem(Sentences):
     TORCH_OUT_OF_BATCH = "with --by torch, rank 0 is where the others meet: run this in a batch script (sbatch)"
     TOWER_WITHOUT_FIELD = "model.base=two_tower needs a field of side {side}, context fields aside, and the model uses none; add one to the schema, or set model.base=mlp"
     TRAINED_SINCE_PUBLISHED = "{where} has been trained again since it was published"
-    TRAINED_SNAPSHOT_GONE = (
-        "the checkpoint was trained on snapshot {value} of {where}: {reason}; {setting}=N continues with another one"
-    )
+    TRAINED_SNAPSHOT_GONE = "the checkpoint was trained on snapshot {value} of {where}: {reason}; {setting}=N continues with another one"
     TWO_OF_A_FIELD = "field {where}: it has {one} and {other}; give one of them"
     TWO_TABLES_OF_A_KIND = "{where}: more than one table of a kind: {tables}; impressions are known by their label, a column of {labels} called {called}, else the only column of 0 and 1. Put the files of each table into a folder of its own, or name the column of labels by --label"
     TWO_TEXTS = "id {where} is that of two texts of the samples, {value!r} and {other!r}: rename one"
@@ -241,9 +220,7 @@ class Problem(Sentences):
     USER_NOT_TESTED = "user {value} has no test sample in {where}; choose one that has, or other --samples"
     VECTORS_NOT_FINITE = "the run's vectors are not finite numbers; its training went wrong, try a lower optim.lr"
     VERSION_WITHOUT_STORE = "it needs --store"
-    WARM_START_OF_OTHER_RUN = (
-        "warm start from {where}: what it has learned would mean something else; set back:\n  {differing}"
-    )
+    WARM_START_OF_OTHER_RUN = "warm start from {where}: what it has learned would mean something else; set back:\n  {differing}"
     WARM_START_ON_ALL_DAYS = "run.warm_start={value}: a run on all days begins with nothing; add --continue"
     WHICH_NETWORK = "{asked}{where} has the networks {networks}; choose one by --network"
     WRONG_BESIDE = "field {where}: beside={value} is for fields of side user and kind multi_id, and names another such field without beside; there are {known}"

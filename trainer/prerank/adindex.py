@@ -182,7 +182,7 @@ class AdIndex:
         try:
             state = read_sealed(files, STATE, IndexState)
         except FileNotFoundError as failure:
-            raise CorruptFileError(Problem.INDEX_FILE_MISSING, files.full(STATE)) from failure
+            raise CorruptFileError(Problem.MISSING, files.full(STATE)) from failure
         index = VectorIndex.load(_read(files, state, STRUCTURE))
         return cls(files, state, index)
 
@@ -274,7 +274,7 @@ def _read(files: Storage, state: IndexState, name: str) -> bytes:
     try:
         return read_verified(files, name, "sha256", state.sha256.get(name, ""))
     except FileNotFoundError as failure:
-        raise CorruptFileError(Problem.INDEX_FILE_MISSING, files.full(name)) from failure
+        raise CorruptFileError(Problem.MISSING, files.full(name)) from failure
 
 
 KEY, VECTOR = "key", "vector"

@@ -325,7 +325,7 @@ def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str, monkeypa
     monkeypatch.setattr("trainer.prerank.adindex.KEEP_REPLACED_S", -1.0)
     AdIndex.build(url, "flat", KEYS[:1], vectors(1), other)
     assert (AdIndex.open(url).version, len(names(Path(url, "versions"))), len(names(Path(url, "files")))) == (3, 1, 3)
-    with raises(CorruptFileError, Problem.INDEX_FILE_MISSING, where=re.compile(r"/ads-.*\.parquet$")):
+    with raises(CorruptFileError, Problem.MISSING, where=re.compile(r"/ads-.*\.parquet$")):
         held.vectors()
 
 

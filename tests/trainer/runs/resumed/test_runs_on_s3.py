@@ -1,5 +1,6 @@
 """Runs whose folder is on S3: trained, continued from nothing but it, read by every command, and by one writer."""
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from featurestore.published.paths import RemotePath, RunPath, run_path
 from tests.commands.calls import call
+from tests.raised import raises
 from tests.servers import Server, environment_of, new_bucket
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
@@ -16,6 +18,7 @@ from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, TakenOverError
 from trainer.loop import training
+from trainer.problems import Problem
 from trainer.runs.saving import CheckpointPlace
 
 
