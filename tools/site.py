@@ -3,10 +3,10 @@
 python -m tools.site                 write data/docs-site; open data/docs-site/index.html
 python -m tools.site --out FOLDER    write it elsewhere
 
-README.md is the first page. The pages COMMANDS and API are written from the sources, and are in the site alone. A link
-to a file of the repository leads to a copy of that file; tests/tools/test_pages.py checks all links. Problems are
-printed, the exit code is 1, and the previous site stays: a page that the navigation (docs/zensical.toml) lacks, or a
-missing page in it.
+README.md is the first page. The pages COMMANDS, API and ERRORS are written from the sources, and are in the site alone.
+A link to a file of the repository leads to a copy of that file; tests/tools/test_pages.py checks all links. Problems
+are printed, the exit code is 1, and the previous site stays: a page that the navigation (docs/zensical.toml) lacks, or
+a missing page in it.
 """
 
 import argparse
@@ -24,13 +24,17 @@ from urllib.parse import unquote, urlsplit
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from tools import api, commands
+from tools import api, commands, errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "docs/zensical.toml"
 NAMES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 """Pages outside of docs/, and their names in the site."""
-WRITTEN: dict[str, Callable[[], str]] = {"docs/COMMANDS.md": commands.page, "docs/API.md": api.page}
+WRITTEN: dict[str, Callable[[], str]] = {
+    "docs/COMMANDS.md": commands.page,
+    "docs/API.md": api.page,
+    "docs/ERRORS.md": errors.page,
+}
 """Pages that exist only in the site, and the functions that write them."""
 FILES = "files"
 """The folder of the site that has copies of the repository's files."""
