@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from explorer.html.site import Site
 from explorer.places import Places
+from explorer.problems import Problem as Unshown
 from explorer.server import application
 from serving.scoring.scorer import Scorer
 from tests.raised import raises, told
@@ -64,10 +65,12 @@ def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: Sa
     begun = {**SHARED, "run__dir": tmp_path, "run__resume": own / "checkpoints" / "step-00000005"}
     assert_same(run_alone(places, **begun), own)
     warm = {**SHARED, "run__dir": tmp_path, "run__warm_start": own, "run__warm_parts": "all"}
-    for settings in (begun, warm):
-        with pytest.raises(CheckpointError, match=r"model\.base is 'mlp' here, 'mypackage\.MyNet' in the"):
+    base = re.compile(told(Problem.SETTING_DIFFERS, where="model.base", value="mlp", other=BASE))
+    for settings, problem in ((begun, Problem.CHECKPOINT_OF_OTHER_RUN), (warm, Problem.WARM_START_OF_OTHER_RUN)):
+        with raises(CheckpointError, problem, differing=base):
             run_alone(places, **{**settings, "run__name": "other", "model__base": "mlp"})
-    with pytest.raises(CheckpointError, match=r"model\.tower_width is 16 here, 32 in the"):
+    width = re.compile(told(Problem.SETTING_DIFFERS, where="model.tower_width", value=16, other=32))
+    with raises(CheckpointError, Problem.WARM_START_OF_OTHER_RUN, differing=width):
         run_alone(places, **{**warm, "run__name": "warm", "model__tower_width": 16})
 
 
@@ -127,7 +130,7 @@ def test_a_class_that_does_not_fit_is_one_line(
     ("name", "error", "says"),
     [
         ("Shape", ValueError, "must be the same as input size"),
-        ("Nan", TrainerError, r"the loss of step 1 is nan; try a lower optim\.lr"),
+        ("Nan", TrainerError, told(Problem.LOSS_NOT_FINITE, where=1, value="nan")),
     ],
 )
 def test_an_answer_that_does_not_fit_trains_nothing(
@@ -153,7 +156,7 @@ def test_pages_import_only_the_package_that_is_named(own: Path, monkeypatch: pyt
     with TestClient(application(Site(Places(runs=str(own.parent))))) as client:
         assert [client.get(path).status_code for path in ("/", "/runs", "/runs/own", "/impressions")] == [200] * 4
         refused = client.get("/impressions?run=own&wait=list")
-        assert refused.status_code != 500 and "start the explorer with --nets mypackage" in refused.text
+        assert refused.status_code != 500 and re.search(told(Unshown.OWN_NET, package="mypackage"), refused.text)
     assert "mypackage" not in sys.modules
     with TestClient(application(Site(Places(runs=str(own.parent), nets="mypackage")))) as client:
         assert "Why " in client.get("/impressions?run=own&wait=list").text

@@ -8,35 +8,29 @@ from unittest import mock
 
 import pytest
 
+from tests.raised import raises, told
 from tests.trainer.runs.saved import save
 from trainer import supervise
 from trainer.errors import ConfigError
 from trainer.launch import AGENT, By, News, Reach, agent_command, environments, parse_hosts, reach_of_all
+from trainer.problems import Problem
 from trainer.supervise import Generation, Past, RankEnd, SuperviseOptions, Supervisor, parse_command, past_text
 
-TRAIN = ["python", "-m", "trainer.main"]
+TRAIN, EVALUATE = (["python", "-m", f"trainer.{name}"] for name in ("main", "evaluate"))
+TRAINING = "crossmedia train or crossmedia daily"
 
 
 def test_hosts_in_every_form() -> None:
     assert parse_hosts("a:4, me@b.example:2 ,d") == {"a": 4, "me@b.example": 2, "d": 1}
     assert SuperviseOptions(command=[], max_np=3).read_hosts() == {"localhost": 3}
-    with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
+    with raises(ConfigError, Problem.NO_HOSTS):
         SuperviseOptions(command=[]).read_hosts()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a:0", "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
-        ("a:b:1", "'a:b:1' is not a host"),
-        ("-oProxyCommand=x", "is not a host"),
-        ("-x:1", "is not a host"),
-        ("a:1,a:2", "host a is there twice"),
-        ("", "is not a host"),
-    ],
-)
-def test_hosts_that_are_none(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("text", ["a:0", "a:b:1", "-oProxyCommand=x", "-x:1", "", "a:1,a:2"])
+def test_hosts_that_are_none(text: str) -> None:
+    problem, value = (Problem.HOST_TWICE, "a") if text == "a:1,a:2" else (Problem.NOT_A_HOST, text)
+    with raises(ConfigError, problem, value=value):
         parse_hosts(text)
 
 
@@ -81,13 +75,13 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*TRAIN, "run.nam=a"], "run.nam"),
-        ([*TRAIN, "run.dir=runs"], "run.name is not set"),
-        ([*TRAIN, "run.name=a", "run.resume=1000"], "leave run.resume and run.overwrite out"),
-        ([*TRAIN, "run.name=a", "run.overwrite=true"], "leave run.resume and run.overwrite out"),
-        (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: the supervisor starts the ranks"),
-        (["sleep", "5"], "'sleep 5' is not crossmedia train or crossmedia daily"),
-        (["python", "-m", "trainer.evaluate"], "'python -m trainer.evaluate' is not crossmedia train or cr"),
+        ([*TRAIN, "run.nam=a"], told(Problem.SETTING_UNKNOWN, where="run.nam")),
+        ([*TRAIN, "run.dir=runs"], told(Problem.SUPERVISED_WITHOUT_NAME)),
+        ([*TRAIN, "run.name=a", "run.resume=1000"], told(Problem.SUPERVISED_RESUME)),
+        ([*TRAIN, "run.name=a", "run.overwrite=true"], told(Problem.SUPERVISED_RESUME)),
+        (["horovodrun", "-np", "2", *TRAIN], told(Problem.LAUNCHER_SUPERVISED, value="horovodrun")),
+        (["sleep", "5"], told(Problem.NOT_A_TRAINING_COMMAND, value="sleep 5", known=TRAINING)),
+        (EVALUATE, told(Problem.NOT_A_TRAINING_COMMAND, value=" ".join(EVALUATE), known=TRAINING)),
     ],
 )
 def test_commands_that_cannot_be_supervised(words: list[str], message: str) -> None:
