@@ -24,6 +24,7 @@ from tests.trainer.whole_runs import report_of
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import ConfigError
+from trainer.problems import Problem as TrainerProblem
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "tables"
 PAPER = FOLDER / "paper.yaml"
@@ -69,7 +70,7 @@ def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
             "tables: {a: {title: t, variants: {x: {against: y}}}}",
             told(Problem.NO_SUCH_VARIANT, where=file, table="a", value="y"),
         ),
-        ("[]", "has to be a mapping"),
+        ("[]", told(TrainerProblem.SETTINGS_NOT_A_MAPPING, where=file)),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=says):

@@ -14,6 +14,7 @@ from benchmarks.report import Section, write_sections
 from crossmedia import demo
 from featurestore.console.output import figure, print_rows, text_console
 from featurestore.console.page import ReportPage, recorded
+from featurestore.problems import Problem
 from tests.commands.calls import COMMANDS, Called, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
 from tests.pages import ReadPage, check_page
@@ -53,7 +54,7 @@ def test_a_path_that_cannot_be_written_ends_the_command_before_its_work(
     page = tmp_path / "missing" / "page.html"
     called = call([*line.split(), *least_words(LEAVES[line]), "--html", str(page)])
     assert (called.code, called.trace, called.out) == (2, "", "")
-    assert called.err == f"error: cannot write --html {page}: there is no folder {page.parent}; make it first\n"
+    assert called.err == f"error: {Problem.OUTPUT_WITHOUT_FOLDER.of('--html', page, page.parent)}\n"
     assert list(tmp_path.iterdir()) == [], "it began to work"
 
 

@@ -21,16 +21,21 @@ import crossmedia as cm
 from featurestore.errors import ImageNameError, MissingKeysError, UserError
 from featurestore.format.datafile import FeatureRows
 from featurestore.keys import key_of_uri
+from featurestore.problems import Problem as StoreProblem
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from pipeline.problems import Problem as SampleProblem
 from serving.bundle.log import version_in_use
+from serving.problems import Problem as ServingProblem
 from tests.cli import ran
 from tests.commands.calls import ROOT
+from tests.raised import raises, told
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation import bootstrap
 from trainer.evaluation.predict import predict_run
+from trainer.problems import Problem
 from trainer.schema.profile import table_of
 
 
@@ -95,9 +100,10 @@ def test_features_by_uri_key_and_arrays(places: Places, tmp_path: Path) -> None:
     assert "<th>rows</th><td>50</td>" in store._repr_html_()
     assert "<th>version</th><td>1</td>" in store._repr_html_()
     assert "version=1" in repr(stored) and "<th>operation</th>" in stored._repr_html_()
-    with pytest.raises(MissingKeysError, match=rf"^1 .* 1 of {places.folder}/features: item/3$"):
+    where = f"snapshot 1 of {places.folder}/features"
+    with raises(MissingKeysError, StoreProblem.NO_FEATURE, number=1, where=where, value="item/3"):
         store["item/3"]
-    with pytest.raises(ImageNameError, match="by its uri"):
+    with raises(ImageNameError, StoreProblem.NOT_AN_IMAGE_NAME):
         store[[1.5]]
     made = FeatureStore.create(tmp_path / "named", FeatureStore.open(places.folder / "features").info)
     made.put(FeatureRows.of(["bag/1.jpg"], np.ones((1, 16), np.float32)))
@@ -114,11 +120,11 @@ def test_a_run_is_trained_and_found_again_and_has_a_vector_of_each_image(run: cm
         assert f" auc={run.metrics['auc']:.4f}" in repr(run) and "gauc" not in repr(run)
         assert "<th>auc</th>" in run._repr_html_()
     assert cm.open_run(run.folder).metrics == run.metrics
-    with pytest.raises(ConfigError, match="nowhere"):
+    with raises(ConfigError, Problem.NOT_A_RUN, where="nowhere"):
         cm.Run("nowhere")
-    with pytest.raises(ConfigError, match="/samples"):
+    with raises(ConfigError, Problem.NOT_A_RUN, where=places.folder / "samples"):
         cm.open_run(places.folder / "samples")
-    with pytest.raises(ConfigError, match=r"model\.imagse"):
+    with pytest.raises(ConfigError, match=told(Problem.SETTING_UNKNOWN, where="model.imagse")):
         cm.train(places.folder / "samples", settings={"model.imagse": "both"})
     found = run.vectors()
     assert sorted(found["key"].to_pylist()) == list(range(1_000, 1_050))
@@ -182,14 +188,15 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
     nobody = {name: few[name].to_pylist()[:1] for name in few.column_names} | histories
     assert run.score(nobody).num_rows == 1, "a list without a value has no type in Arrow"
     without_ads = [name for name in few.column_names if not name.startswith("ad_")]
-    for table, told in (
-        ([1, 2], r"^list "),
-        ({"user": [1], "ad_item": [1, 2]}, "cannot be read"),
-        (few.drop_columns(["ad_item"]), "ad_item"),
-        ({"user": [1]}, r"\b7\b.*\b8\b.*: behavior_item, .*crossmedia\.with_behaviors"),
-        (few.select(without_ads), "ad_item"),
+    lacking = {"lacking": 7, "total": 8, "missing": re.compile("behavior_item, .*")}
+    for table, message in (
+        ([1, 2], told(Problem.NOT_A_TABLE, value="list")),
+        ({"user": [1], "ad_item": [1, 2]}, told(Problem.DATA_UNREADABLE, where="the table")),
+        (few.drop_columns(["ad_item"]), told(Problem.COLUMN_MISSING, column="ad_item")),
+        ({"user": [1]}, told(Problem.ROWS_LACK_COLUMNS, **lacking)),
+        (few.select(without_ads), told(Problem.ROWS_WITHOUT_ADS, wanted="ad_item")),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             run.score(table)
 
 
@@ -217,16 +224,17 @@ def test_samples_are_made_of_tables(tmp_path: Path) -> None:
     mapping.write_text(mapping.read_text().replace("log.parquet", "shown.parquet"))
     made = cm.build_samples({"shown": pa.table(log).slice(0, 6)}, tmp_path / "samples")
     assert made["impressions"]["kept"] == 6
-    for tables, options, message in (
-        ({"other": pa.table(log)}, {}, "shown.parquet"),
-        ({"shown": pa.table(log)}, {"label": "liked"}, "label=liked: .* clicked"),
+    gone, liked = {"where": re.compile(r"/shown\.parquet$")}, {"value": "liked", "found": "clicked"}
+    for tables, options, problem, values in (
+        ({"other": pa.table(log)}, {}, SampleProblem.NO_MAPPED_FILES, gone),
+        ({"shown": pa.table(log)}, {"label": "liked"}, Problem.MAPPED_LABEL_DIFFERS, liked),
     ):
-        with pytest.raises(UserError, match=message):
+        with raises(UserError, problem, **values):
             cm.build_samples(tables, tmp_path / "samples", **options)
         (kept,) = tmp_path.glob("samples-logs*/*.parquet")
         assert kept.name == "shown.parquet" and pq.read_metadata(kept).num_rows == 6
     odd = pa.table({"bought" if name == "clicked" else name: each for name, each in log.items()} | {"gift": [0, 1] * 4})
-    with pytest.raises(DataError, match=r"log\.parquet: ts, user_id, sku, bought, gift"):
+    with raises(DataError, Problem.NO_LABEL_KNOWN, known="log.parquet: ts, user_id, sku, bought, gift"):
         cm.build_samples(odd, tmp_path / "odd")
     for _ in range(2):  # with the mapping that was guessed, too
         assert cm.build_samples(odd, tmp_path / "odd", label="bought")["impressions"]["kept"] == 8
@@ -240,17 +248,17 @@ def test_a_server_gives_the_scores_of_its_model(model: cm.Model, impressions: pa
     port = free_port()
     url = model.scorer.storage.url
     with running(["-m", "crossmedia", "serve", url, "--port", str(port)], port, "/v2/health/ready", ROOT):
-        client = cm.Client(f"http://127.0.0.1:{port}")
+        client = cm.Client(address := f"http://127.0.0.1:{port}")
         assert client.score(impressions).equals(model.score(impressions))
         assert client.score(groups).equals(model.score(groups))
-        assert repr(client) == f"Client('http://127.0.0.1:{port}')"
+        assert repr(client) == f"Client('{address}')"
         for scorer in (model, client):
-            with pytest.raises(DataError, match=r"crossmedia\.with_behaviors"):
+            with raises(DataError, Problem.ROWS_LACK_COLUMNS, lacking=8, total=8):
                 scorer.score({"user_id": [1], "sku": [2]})
-        with pytest.raises(UserError, match=r"\b400\b.*ad_item") as refused:
+        missing = re.compile(f"^{told(ServingProblem.NO_COLUMN, where='column ', column='ad_item')}")  # and no JSON
+        with raises(UserError, ServingProblem.ANSWERS, where=address, status=400, reason=missing):
             client.score(impressions.drop_columns(["ad_item"]))
-        assert "{" not in str(refused.value), "the server's sentence, and no JSON"
-    with pytest.raises(UserError, match=f"^http://127.0.0.1:{port} "):
+    with raises(UserError, ServingProblem.NO_ANSWER, where=address):
         client.score(groups)
 
 

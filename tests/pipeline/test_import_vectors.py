@@ -13,6 +13,7 @@ import pytest
 from featurestore.errors import InvalidRowsError
 from featurestore.format.datafile import FeatureRows, to_bits
 from featurestore.keys import key_of_uri
+from featurestore.problems import Problem as StoreProblem
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, SnapshotId
@@ -25,7 +26,7 @@ from pipeline.store_run import build_shards
 from tests.cli import said
 from tests.faulty import faulty
 from tests.featurestore.contents import metadata_of
-from tests.raised import told
+from tests.raised import raises, told
 
 DIM = 6
 
@@ -185,8 +186,8 @@ def test_xdl_files(job, tmp_path, vectors_ND):
 def test_bad_records_of_xdl(job, tmp_path, vectors_ND):
     write_xdl(tmp_path / "xdl", range(40), vectors_ND)
     text = job(tmp_path / "xdl", "--dim", DIM + 1, code=1)
-    assert "40 of 40 files, data.0 first, are not a number of records of 36 bytes" in text
-    assert "is --dim 7 right" in text
+    torn = {"count": 40, "files": 40, "where": "data.0", "record_bytes": 36, "dim": 7}
+    assert re.search(told(Problem.TORN_FILES, **torn), text)
     assert not (tmp_path / "features").exists()  # its width would be for ever
     write_xdl(tmp_path / "xdl", [2048 + 3], vectors_ND[:1], number_of=lambda key: 4)
     text = job(tmp_path / "xdl", "--dim", DIM)
@@ -196,8 +197,8 @@ def test_bad_records_of_xdl(job, tmp_path, vectors_ND):
     with (tmp_path / "xdl/data.7").open("ab") as file:
         file.write(np.int64(7 + 1024).tobytes() + bytes(9))
     text = job(tmp_path / "xdl", "--dim", DIM, code=1)
-    assert "1 of 40 files, data.7 first, are not a number of records of 32 bytes" in text
-    assert "is --dim 6 right, and are the files whole?" in text
+    torn |= {"count": 1, "where": "data.7", "record_bytes": 32, "dim": 6}
+    assert re.search(told(Problem.TORN_FILES, **torn), text)
 
 
 def test_a_key_with_a_bad_row_stays_in_the_store_and_in_quarantine(job, tmp_path):
@@ -236,7 +237,7 @@ def test_a_key_with_two_vectors_is_refused(job, matrix, tmp_path, vectors_ND):
     # 3 comes as it is and changed, 50 twice and differently, 51 twice and equal; the two of a key in different units.
     next_ND = vectors_ND[[3, 20, 21, 22, 23, 24, 21, 25]]
     text = job(*matrix(next_ND, [3, 50, 51, 52, 3, 50, 51, 53]), "--part-size", 4, code=1)
-    assert "2 keys have several rows with different numbers, 3 first: leave one of each" in text
+    assert re.search(told(Problem.CONTESTED_KEYS, count=2, where=3), text)
     assert FeatureStore.open(path).snapshot().version == 1
     text = job(*matrix(next_ND, [3, 50, 51, 52, 54, 55, 51, 53]), "--part-size", 4)
     assert "rows 8 new 6 changed 0 unchanged 1 duplicates 1" in text
@@ -271,7 +272,8 @@ def test_other_vectors_are_refused(job, matrix, tmp_path, vectors_ND):
     pq.write_table(text, tmp_path / "a.parquet")
     job(tmp_path / "a.parquet")
     pq.write_table(pa.table({"id": ["a"], "feature": [[2.0] * DIM]}), tmp_path / "b.parquet")
-    assert "belongs to two uris, 'x' and 'a'" in job(tmp_path / "b.parquet", code=1)
+    two = told(StoreProblem.KEY_OF_TWO_URIS, first="x", second="a")
+    assert re.search(two, job(tmp_path / "b.parquet", code=1))
 
 
 def test_a_compact_store_takes_imports_of_full_vectors(job, matrix, tmp_path, vectors_ND):
@@ -406,5 +408,5 @@ def test_tasks_that_build_shards_are_few_and_fit_into_memory(store, monkeypatch,
 
 
 def test_a_run_whose_parts_another_one_discarded_says_what_to_do(client, store):
-    with pytest.raises(InvalidRowsError, match=r"two runs of the same job .* Run one at a time; run this again"):
+    with raises(InvalidRowsError, StoreProblem.NEVER_STAGED, where=re.compile("/staging/run/part")):
         build_shards(client, store, "run", ["part"])

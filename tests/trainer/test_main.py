@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.build import write_suggested
 from tests.cli import invoke, ran
+from tests.raised import raises, told
 from tests.ranks import (
     Forks,
     StandingRanks,
@@ -41,6 +43,7 @@ from tests.trainer.whole_runs import all_alike, assert_same, drawn_scalars, repo
 from trainer.errors import CheckpointError
 from trainer.ids.exact import num_ids
 from trainer.main import app
+from trainer.problems import Problem
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.schema.__main__ import app as schema_app
@@ -103,8 +106,9 @@ def test_images_that_the_store_lacks_are_counted_and_listed(tmp_path: Path, two_
     (_, first), (_, second) = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
     assert (first.count(said), second.count(said)) == (1, 0)
     result = invoke(app, *settings, "data.missing=error", "run.name=error", code=1)
-    assert result.stderr.startswith(f"error: {said}; {listing}") and len(result.stderr.splitlines()) == 1
-    assert f"--store {features}" in result.stderr and "data.missing=learned" in result.stderr
+    hint = re.compile(f".*--store {features}.*")
+    lacked = told(Problem.IMAGES_LACKED, lacking=said, listing=listing, hint=hint)
+    assert re.fullmatch(f"error: {lacked}\n", result.stderr)
 
     out = tmp_path / "missing.csv"
     invoke(schema_app, "missing", samples, features, "--out", out, code=0)
@@ -123,13 +127,14 @@ def test_a_store_without_an_image_of_the_training_samples_is_refused_but_not_by_
     settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
     invoke(app, *settings, code=0)
     FeatureStore.open(tmp_path / "features").delete([*range(1_000, 1_040)])  # the test samples have others
-    told = f"data.store={tmp_path / 'features'} has not one image of the training samples (samples: 1000, store: item/4"
+    found = {"where": "data.store", "value": tmp_path / "features", "sample": 1000, "store": re.compile("item/4.*")}
+    other = told(Problem.NO_TRAINING_IMAGE, **found)
     for missing in ("learned", "zeros", "error"):
         result = invoke(app, *settings, "run.name=new", f"data.missing={missing}", code=1)
-        assert result.stderr.startswith(f"error: {told}") and len(result.stderr.splitlines()) == 1
+        assert re.fullmatch(f"error: {other}\n", result.stderr)
     more = ["run.name=two", f"data.cache_dir={tmp_path / 'other'}"]  # where nothing is remembered
     both = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
-    assert [code for code, _ in both] == [1, 1] and told in both[0][1]
+    assert [code for code, _ in both] == [1, 1] and re.search(other, both[0][1])
     invoke(app, *settings, "run.name=ids", "model.images=none", code=0)
     newest = "data.store_version=2"
     invoke(app, *settings, newest, "train.max_steps=2", "run.resume=latest", code=0)
@@ -192,8 +197,8 @@ def test_an_earlier_checkpoint_replaces_later_ones_where_asked_to_and_one_ranks_
     # The last test sample is in the part that rank 1 alone evaluates.
     assert [text.split(":")[0] for text in seen["broken"]] == ["RemoteRankError", "DataError"]
     assert all("test/day=2026-01-01.parquet, row 59: column label has 2" in text for text in seen["broken"])
-    missing = "has no train and no test samples; make them with: crossmedia samples"
-    assert all(missing in text for text in seen["empty"])
+    missing = told(Problem.NO_SAMPLES_AT_SETTING, value="train and no test")
+    assert all(re.search(missing, text) for text in seen["empty"])
     assert not (runs / "empty").exists(), "nothing is written before all is open"
 
 
@@ -316,8 +321,7 @@ def test_killed_rank_ends_the_job(endless: subprocess.Popen[str], victim: int, s
     assert endless.returncode != 0
     assert time.monotonic() - start < 30
     assert says.format(victim) in output
-    assert f"error: rank {1 - victim} lost another rank" in output
-    assert "with run.resume=latest and the run's name where it has a checkpoint" in output
+    assert re.search(f"error: {told(Problem.LOST_RANK, rank=1 - victim)}", output)
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert alive == []
 
@@ -394,7 +398,7 @@ def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(places: P
         start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
         run_alone(places, run__name=f"{after}-after-{before}", **start)
     for policy in ("zeros", "error"):
-        with pytest.raises(CheckpointError, match=r'has a trained "no image" vector: .* data\.missing=learned'):
+        with raises(CheckpointError, Problem.NO_IMAGE_VECTOR_TRAINED):
             run_alone(places, run__name="missing-learned", data__missing=policy, run__resume="latest", **settings)
 
 

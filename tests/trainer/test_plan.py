@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from rich.filesize import decimal
 from featurestore.keys import owner_of, shard_of
 from tests.cli import invoke
 from tests.pages import check_page
+from tests.raised import told
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import report_of, run_alone
 from trainer import planner
 from trainer.comm import SoloComm
 from trainer.plan import app
+from trainer.problems import Problem
 from trainer.runs.open import train_reader
 from trainer.samples.index import open_index
 from trainer.stages import WAIT
@@ -111,14 +114,14 @@ def row_of(ranks: int, efficiency: float) -> planner.RankPlan:
 
 def test_the_most_ranks_that_fit_and_are_half_efficient_are_recommended() -> None:
     """Of 2, 4 and 8 ranks the first do not fit into 18 GiB; where none does, the reason says how much is missing."""
-    for efficiencies, memory_bytes, ranks, told in (
+    for efficiencies, memory_bytes, ranks, words in (
         ({2: 0.9, 4: 0.7, 8: 0.5, 16: 0.4}, 1 << 40, 8, "at least 50% efficient (50%). A machine needs 12.1 GB"),
         ({2: 0.4, 4: 0.2}, 1 << 40, 2, "as none is at least 50% efficient"),
         ({2: 0.9, 4: 0.9, 8: 0.3}, 18 * GIB, 4, "the most that are"),
         ({2: 1.0}, 4 * GIB, None, "None of 2 ranks fits: with 2 a machine needs 32.2 GB and this one has 4.29 GB."),
     ):
         found, reason = planner.recommend([row_of(*each) for each in efficiencies.items()], memory_bytes)
-        assert found == ranks and told in reason
+        assert found == ranks and words in reason
 
 
 def test_the_command_prints_the_rows_and_writes_them(run: Path, tmp_path: Path) -> None:
@@ -140,8 +143,10 @@ def test_the_command_prints_the_rows_and_writes_them(run: Path, tmp_path: Path) 
 
 
 def test_mistakes_and_a_run_without_a_report_are_refused(run: Path, tmp_path: Path) -> None:
-    for options, message in ((["--global-batch-size", 100_000], "is larger than all"), (["--ranks", 0], "--ranks")):
-        assert message in invoke(app, "--run", run, *options, code=2).stderr
+    too_large = told(Problem.BATCH_OVER_ALL_SAMPLES, value=100_000)
+    for options, message in ((["--global-batch-size", 100_000], too_large), (["--ranks", 0], "--ranks")):
+        assert re.search(message, invoke(app, "--run", run, *options, code=2).stderr)
     unfinished = shutil.copytree(run, tmp_path / "short")
     (unfinished / "report.json").write_text(json.dumps(report_of(run) | {"samples_per_s": None}))
-    assert "has no figures of steps; train it to its end" in invoke(app, "--run", unfinished, code=2).stderr
+    without = told(Problem.RUN_WITHOUT_FIGURES, where=unfinished)
+    assert re.search(without, invoke(app, "--run", unfinished, code=2).stderr)

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from featurestore.parsing import parse_yaml
+from tests.raised import raises
 from tests.ranks import StandingRanks
+from tests.trainer.checkpoints import differs
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.whole_runs import all_alike, assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import differences, load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
+from trainer.problems import Problem
 from trainer.tune import GRID, SETTINGS_FILE, TABLE_FILE, parsed_grid, trials_of, tune
 
 TRIED = {"optim.lr": (0.01, 0.001)}
@@ -90,7 +93,7 @@ def test_the_best_is_written_for_a_training_on_all_days_and_runs_of_other_settin
     assert [each.setting for each in differing if not each.setting.startswith("run.")] == []
     assert parse_yaml(file.read_text())["optim"]["lr"] == best["values"]["optim.lr"]
     assert written.run == load_config().run
-    with pytest.raises(CheckpointError, match=r"train\.seed"):
+    with raises(CheckpointError, Problem.CHECKPOINT_OF_OTHER_RUN, differing=differs("train.seed", 5, other=0)):
         _tuned(places.settings(**SHARED, train__seed=5))
 
 
@@ -129,5 +132,5 @@ def test_a_grid_that_is_none(wrong: str) -> None:
     "setting", ["run.resume=5", "run.overwrite=true", "train.eval_every=5", "train.early_stopping=2"]
 )
 def test_what_each_run_chooses(setting: str) -> None:
-    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+    with raises(ConfigError, Problem.SETTING_NOT_FREE, where=setting.partition("=")[0]):
         trials_of(None, [setting, "run.name=a", "data.validation_days=1"], GRID, 1)

@@ -22,6 +22,7 @@ from distributed.utils import get_mp_context
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
+from pipeline.problems import Problem
 from tests.cli import begun, wait_until
 from tests.featurestore.contents import metadata_of
 
@@ -223,7 +224,7 @@ def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(make, run, dra
         kill(scheduler)
         out, err = job.communicate(timeout=100)
     assert (job.returncode, out) == (1, ""), err
-    assert "error: the Dask scheduler was lost or restarted; run the same command again to continue" in err
+    assert f"error: {Problem.SCHEDULER_LOST}" in err
     num_staged = num_parts(store)
     assert 2 <= num_staged < 12
     assert FeatureStore.open(store).snapshot().version == 1

@@ -21,6 +21,7 @@ from fsspec import AbstractFileSystem
 
 from featurestore.errors import AddressError, KeyCollisionError, StorageError
 from featurestore.keys import key_of_uri
+from featurestore.problems import Problem as StoreProblem
 from featurestore.storage import remote
 from featurestore.storage.storage import Storage
 from pipeline.errors import BadImageError, SourceError
@@ -101,7 +102,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_on_any_file_system(folder, m
             return {"name": path, "type": "directory", "size": 0}
 
     monkeypatch.setattr(remote, "_client", lambda protocol, server: Remote())
-    with pytest.raises(StorageError, match=r"remote://images.*Permission denied"):
+    with raises(StorageError, StoreProblem.NO_PERMISSION, where="remote://images", reason=re.compile("denied")):
         list_images("remote://images")
 
 
@@ -116,7 +117,7 @@ def test_no_images_is_a_clear_error(tmp_path):
     ):
         with raises(SourceError, problem, where=address, **values):
             list_images(str(address))
-    with pytest.raises(AddressError, match="nosuch://"):
+    with raises(AddressError, StoreProblem.CANNOT_OPEN, where="nosuch"):
         list_images("nosuch://bucket/images")
 
 
@@ -188,9 +189,9 @@ def test_what_cannot_be_read_is_a_bad_image(folder):
     assert missing.source_tag == ""
     with raises(BadImageError, Problem.NO_SUCH_FILE):
         read_image(missing.location)
-    with pytest.raises(BadImageError, match="/a: Is a directory"):
+    with raises(BadImageError, StoreProblem.REFUSED, where=folder / "a", reason="Is a directory"):
         read_image(is_folder.location)
-    with pytest.raises(BadImageError, match="nosuch://"):
+    with raises(BadImageError, StoreProblem.CANNOT_OPEN, where="nosuch"):
         read_image("nosuch://bucket/image.jpg")
 
 
@@ -274,11 +275,9 @@ def test_images_of_a_web_server(folder: Path, web: str) -> None:
     (folder / "b.jpg").write_bytes(b"another picture")
     tags = [[ref.source_tag for ref in each.images] for each in (listing, list_images(table))]
     assert [old == new for old, new in zip(*tags, strict=True)] == [False, True, True]
-    with pytest.raises(BadImageError, match="410") as refused:
-        read_image(f"{web}/410.jpg")
-    assert "tried" not in str(refused.value)
-    with pytest.raises(BadImageError, match=r"503.*\(tried \d+ times\)"):
-        read_image(f"{web}/503.jpg")
+    for status, problem in ((410, StoreProblem.REFUSED), (503, StoreProblem.REFUSED_OFTEN)):
+        with raises(BadImageError, problem, where=(url := f"{web}/{status}.jpg"), reason=re.compile(f"^{status}")):
+            read_image(url)
 
 
 @pytest.mark.services
@@ -316,7 +315,7 @@ def test_pipes_sockets_and_devices_are_no_images_and_nobody_waits_for_them(folde
     good, pipe, device = list_images(write_csv(folder, "uri\nb.jpg\npipe.jpg\n/dev/zero\n")).images
     assert read_image(good.location) == b"b.jpg"
     for ref in (pipe, device):
-        with pytest.raises(BadImageError, match="not a regular file"):
+        with raises(BadImageError, StoreProblem.REFUSED, where=ref.location, reason=StoreProblem.NOT_REGULAR):
             read_image(ref.location)
 
 
@@ -332,7 +331,7 @@ def test_links_in_a_circle_end(folder: Path) -> None:
             (folder / f"many{number}" / f"to{other}").symlink_to(folder / f"many{other}")
     listing = list_images(str(folder))
     assert [ref.uri for ref in listing.images] == [*NAMES, "self.jpg"]
-    with pytest.raises(BadImageError, match=r"/self\.jpg: Too many levels"):
+    with raises(BadImageError, StoreProblem.REFUSED, where=folder / "self.jpg", reason=re.compile("^Too many lev")):
         read_image([*listing.images][-1].location)
 
 

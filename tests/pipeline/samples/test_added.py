@@ -45,6 +45,7 @@ from tests.pipeline.samples.rows import (
 from tests.raised import compare, raises
 from trainer.comm import SoloComm
 from trainer.errors import DataError
+from trainer.problems import Problem as TrainerProblem
 from trainer.runs.open import PartReader
 from trainer.samples.index import SampleIndex, open_index, read_row_groups
 from trainer.samples.survey import samples_digest
@@ -210,7 +211,7 @@ class TestAddDays:
         assert not Path(made.samples, index.row_groups[0].file).exists()
         assert (samples_digest(comm, index, tmp_path / "other"), labels_of(index, schema)) == expected
         Path(made.samples, "train", "day=2026-01-04-000.parquet").unlink()
-        with pytest.raises(DataError, match=r"test/day=2026-01-04-000\.parquet"):
+        with raises(DataError, TrainerProblem.SAMPLES_GONE, where=f"{made.samples}/{index.row_groups[0].file}"):
             labels_of(index, schema)
 
     def test_missing_days_are_found_by_footers_or_times(

@@ -113,10 +113,18 @@ def test_days_for_testing_that_cannot_be(build, changes, problem, values):
         build([shown(0), shown(9 * DAY_S, user=2)], [done(0)], **{"test_days": 1} | changes)
 
 
-@pytest.mark.parametrize("changes", [{"test_share": 0.1, "test_days": 2}, {"test_from": "2026-13-01"}])
-def test_options_of_days_for_testing_are_checked_before_the_logs_are_read(options, client, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "problem", "where"),
+    [
+        ({"test_share": 0.1, "test_days": 2}, Problem.GIVE_ONE, "--test-days and --test-share"),
+        ({"test_from": "2026-13-01"}, Problem.NOT_A_DAY, "--test-from"),
+    ],
+)
+def test_options_of_days_for_testing_are_checked_before_the_logs_are_read(
+    options, client, tmp_path, changes, problem, where
+):
     nowhere = dataclasses.replace(options, logs=str(tmp_path / "nowhere"), **{"test_days": 1} | changes)
-    with pytest.raises(SampleOptionError, match="--test-"):
+    with raises(SampleOptionError, problem, where=where):
         build_samples(nowhere, client)
 
 

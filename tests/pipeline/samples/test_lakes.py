@@ -1,6 +1,7 @@
 """Logs in tables of Delta, Iceberg and Lance: samples are those of the same rows in plain files."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from featurestore.storage.storage import Storage
 from pipeline.samples.requests import with_behaviors
 from tests.cli import invoke
 from tests.pipeline.samples.rows import DAY_S, START_S, Shop, all_bytes, read
+from tests.raised import raises
 from trainer.errors import DataError
+from trainer.problems import Problem
 from trainer.schema import __main__ as schema_command
 from trainer.schema.lakes import PACKAGES, Kind, versions_of
 
@@ -137,7 +140,9 @@ def test_without_its_package_a_table_is_named(shop: Shop, monkeypatch: pytest.Mo
     shop.put("products/a.parquet", PRODUCTS)
     shop.put("shown/_delta_log/0.json", "{}")
     monkeypatch.setitem(sys.modules, "deltalake", None)
-    with pytest.raises(DataError, match=r"shown .*Delta.*pip install deltalake"):
+    with raises(
+        DataError, Problem.NO_TABLE_PACKAGE, where=shop.folder / "logs/shown", kind="Delta", package="deltalake"
+    ):
         shop.build(MAPPING)
     assert not list(shop.folder.glob(".crossmedia-tables-*"))
 
@@ -146,5 +151,5 @@ def test_a_damaged_table_is_named(shop: Shop) -> None:
     pytest.importorskip("lance")
     shop.put("products/a.parquet", PRODUCTS)
     shop.put("shown/_versions/1.manifest", "nothing")
-    with pytest.raises(DataError, match=r"shown.*Lance"):
+    with raises(DataError, Problem.DATA_UNREADABLE, where=re.compile("/shown, a table of Lance")):
         shop.build(MAPPING)

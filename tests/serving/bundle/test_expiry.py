@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from featurestore.problems import Problem as StoreProblem
 from featurestore.storage.storage import Storage
 from serving.__main__ import app
 from serving.bundle import log
@@ -147,7 +148,7 @@ def test_nothing_goes_where_a_manifest_is_damaged(versions: Versions) -> None:
     path = versions.folder / "log" / f"{3:020}.json"
     path.write_bytes(path.read_bytes()[:-1])
     for remove in (versions.expire, lambda: remove_leftovers(versions.storage, grace_s=-1)):
-        with pytest.raises(BrokenBundleError, match="damaged"):
+        with raises(BrokenBundleError, StoreProblem.DAMAGED, where=path):
             remove()
     assert len(list((versions.folder / BUNDLES).iterdir())) == 5
 

@@ -1,6 +1,7 @@
 """crossmedia compat: what it tells of other stores, and the gate of a model that would take another one's place."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from featurestore.errors import AnotherStoreError
 from featurestore.format.datafile import FeatureRows
+from featurestore.problems import Problem as StoreProblem
 from featurestore.store import FeatureStore
 from tests.cli import invoke
+from tests.raised import raises, told
 from tests.trainer.conftest import Places, add_a_row, make_places, permuted, remade
 from tests.trainer.runs.resumed.legs import write_schema_with_serials
 from tests.trainer.samples.reading import rewrite
@@ -22,6 +25,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.bootstrap import compare
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.gates import Check, gate_model
+from trainer.problems import Problem
 from trainer.runs.saved import RunSource, read_run
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -119,7 +123,8 @@ class TestWithTheOldOneGone:
         assert f"accepted: kept in {run / 'accepted-stores.json'}" in compat(own, "--accept")[0]
         shutil.rmtree(features)
         shutil.copytree(tmp_path / "kept", features)
-        with pytest.raises(AnotherStoreError, match=r"crossmedia compat .*runs/a .*features$"):
+        way_out = re.compile(f"crossmedia compat {run} {features}$")
+        with raises(AnotherStoreError, StoreProblem.ANOTHER_STORE, hint=way_out):
             run_alone(own, **again)
         said, found = compat(own, "--accept")
         assert found["gates"] == {} and "accepted: no other store any more" in said
@@ -190,10 +195,10 @@ def test_what_cannot_be_compared_does_not_pass(models: Places, tmp_path: Path) -
     short = {"train__max_steps": 1}  # what these runs know is not looked at
     new = trained(models, "new", **short)
     used, digest = in_use(models)
-    assert "no config.yaml" in why_not(new, (RunSource(tmp_path, used.checkpoint), digest))
-    assert "has been trained again" in why_not(new, (used, "0" * 64))
+    assert re.search(told(Problem.NOT_A_RUN), why_not(new, (RunSource(tmp_path, used.checkpoint), digest)))
+    assert re.search(told(Problem.TRAINED_SINCE_PUBLISHED), why_not(new, (used, "0" * 64)))
     untested = trained(models, "untested", data__train_days="[2026-01-01]", data__test_days="[]", **short)
-    assert "no evaluation rows" in why_not(untested, (used, digest))
+    assert re.search(told(Problem.RUN_NOT_EVALUATED), why_not(untested, (used, digest)))
     schema = write_schema_with_serials(tmp_path)
     trained(models, "serial", data__schema_file=schema, model__tables__serial=64, **short)
     samples = shutil.copytree(models.folder / "samples", tmp_path / "samples")
@@ -242,5 +247,5 @@ def test_the_difference_is_that_of_two_evaluations(own: Places, monkeypatch: pyt
 
 def test_a_run_without_images_is_refused(own: Places) -> None:
     run_alone(own, run__name="none", train__max_steps=1, model__images="none")
-    with pytest.raises(ConfigError, match=r"model\.images=none"):
+    with raises(ConfigError, Problem.RUN_WITHOUT_STORE, where=own.folder / "runs/none"):
         Check(read_run(own.folder / "runs/none"), FeatureStore.open(own.folder / "features").snapshot(), GateLimits())

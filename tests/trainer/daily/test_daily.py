@@ -1,6 +1,7 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
+import re
 from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,8 +15,9 @@ import torch
 from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from tests.cli import invoke
+from tests.raised import raises, told
 from tests.ranks import StandingRanks
-from tests.trainer.checkpoints import tensors_of
+from tests.trainer.checkpoints import differs, tensors_of
 from tests.trainer.conftest import Places, add_a_row, make_days, sample_table
 from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
@@ -25,6 +27,7 @@ from trainer.daily import follow as follow_days
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluation.bootstrap import LEAST_USERS_SHOWN
 from trainer.main import train
+from trainer.problems import Problem
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
@@ -88,7 +91,7 @@ def test_plan(tmp_path: Path) -> None:
         (four, [four], "2026-01-05"),
         ("2026-01-05", [three, "2026-01-05"], None),
     ]
-    with pytest.raises(ConfigError, match=rf"--first-day {one}: the first run in .* is that of {two}"):
+    with raises(ConfigError, Problem.FIRST_DAY_AGAIN, value=one, where=tmp_path, first=two):
         planned(after, one)
 
 
@@ -178,23 +181,24 @@ def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
     (row,) = table_of(warm)
     assert (row["train_days"], row["warm_start"]) == ([DAYS[3]], str(run))
     assert_same(warm / DAYS[3], followed.folder / "runs/whole" / DAYS[3])
-    with pytest.raises(ConfigError, match=r"no day of .* is evaluated yet"):
+    with raises(ConfigError, Problem.NO_DAY_EVALUATED, where=warm):
         run_of_days(warm)
 
 
 def test_mistakes(days: Places) -> None:
-    def refused(error: type[Exception], message: str, **changes: Any) -> None:
-        with pytest.raises(error, match=message):
+    def refused(where: str, value: object, **changes: Any) -> None:
+        with raises(ConfigError, Problem.SETTING_NOT_FREE, where=where, value=value):
             follow(days, "m", **changes)
 
-    refused(ConfigError, r"data\.test_days=\['2026-01-02'\]: trainer\.daily chooses it", data__test_days=f"[{DAYS[1]}]")
-    refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
-    refused(ConfigError, "run.warm_parts=.*: trainer.daily chooses it", run__warm_parts="all")
-    refused(ConfigError, "data.validation_days=1: trainer.daily chooses", data__validation_days=1)
-    refused(ConfigError, "early_stopping=2: trainer.daily chooses it", train__early_stopping=2, train__eval_every=5)
-    refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
+    refused("data.test_days", ["2026-01-02"], data__test_days=f"[{DAYS[1]}]")
+    refused("run.resume", "latest", run__resume="latest")
+    refused("run.warm_parts", "all", run__warm_parts="all")
+    refused("data.validation_days", 1, data__validation_days=1)
+    refused("train.early_stopping", 2, train__early_stopping=2, train__eval_every=5)
+    with raises(DataError, Problem.NO_FILE_OF_A_DAY, where=days.folder / "nothing"):
+        follow(days, "m", data__samples=days.folder / "nothing")
     assert not (days.folder / "runs/m").exists() or not list((days.folder / "runs/m").glob("2026*"))
-    with pytest.raises(ConfigError, match=r"choose none of 2026-01-01 to 2026-01-04"):
+    with raises(ConfigError, Problem.NO_DAY_CHOSEN, first=DAYS[0], last=DAYS[-1]):
         follow(days, "n", "2027-01-01")
 
 
@@ -205,10 +209,12 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
     for wrong in (days.folder / "sample", empty.parent):  # a typing error, and what is found no samples when it is read
         with pytest.raises(DataError):
             follow(days, "d", data__samples=wrong)
-    with pytest.raises(DataError, match="is not a feature store"):
-        follow(days, "d", data__store=days.folder / "feature")
+    nothing = days.folder / "feature"
+    with pytest.raises(DataError, match=told(Problem.NO_STORE_AT_SETTING, where="data.store", value=nothing)):
+        follow(days, "d", data__store=nothing)
     assert len(table_of(follow(days, "d", last=DAYS[0]))) == 1
-    with pytest.raises(ConfigError, match=r"data\.samples is '.*/empty' here, '.*/samples' there"):
+    differing = differs("data.samples", str(empty.parent), other=str(days.folder / "samples"), there="there")
+    with raises(ConfigError, Problem.DAYS_OF_OTHER_SETTINGS, differing=differing):
         follow(days, "d", data__samples=empty.parent)
 
 
@@ -259,16 +265,17 @@ def test_another_day_is_evaluated_when_it_comes_and_late_logs_of_a_trained_day_c
 
 def test_a_trained_day_without_its_checkpoints_or_samples_says_how_to_go_on(days: Places) -> None:
     run = follow(days, "d", last=DAYS[0]) / DAYS[0]
-    report, checkpoints = report_of(run), days.folder / "checkpoints"
+    report, checkpoints, again = report_of(run), days.folder / "checkpoints", rf".*\nTo train 2026-01-01 again, .*{run}"
     (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
     (run / "checkpoints").rename(checkpoints)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 again, remove"):
+    with pytest.raises(CheckpointError, match=told(Problem.RUN_WITHOUT_CHECKPOINT, run=run) + again):
         follow(days, "d", last=DAYS[0])
     checkpoints.rename(run / "checkpoints")
     (run / "report.json").unlink()
     path = days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet"
     pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
-    with pytest.raises(CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 again, remove .*/d/2"):
+    differing = differs("data.samples_digest", re.compile(r"'\w+'"))
+    with pytest.raises(CheckpointError, match=told(Problem.CHECKPOINT_OF_OTHER_RUN, differing=differing) + again):
         follow(days, "d", last=DAYS[0])
 
 
@@ -287,8 +294,9 @@ def test_command(days: Places) -> None:
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
     assert_same(days.folder / "runs/c" / DAYS[1], days.folder / "runs/alone")
-    refused = invoke(app, *options, "--set", *settings, f"run.warm_start={days.folder / 'runs' / 'alone'}")
-    assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
+    alone_run = days.folder / "runs/alone"
+    refused = invoke(app, *options, "--set", *settings, f"run.warm_start={alone_run}", code=2)
+    assert re.search(told(Problem.WARM_START_ON_ALL_DAYS, value=alone_run), refused.stderr)
     assert "'monday' does not match" in invoke(app, "--first-day", "monday", code=2).stderr
 
 

@@ -148,11 +148,12 @@ def test_places_that_change_after_the_training(tmp_path: Path) -> None:
     assert "not, or no longer, those of the checkpoint" in evaluated("c", "--samples", day)["notes"][0]
     shutil.rmtree(samples)
     said = evaluate(run, code=2)
-    assert "has no train and no test samples" in said and "name others by --samples and --store" in said
+    missing = told(Problem.NO_SAMPLES_AT_SETTING, where=samples, value="train and no test")
+    assert re.search(missing, said) and "name others by --samples and --store" in said
     report = evaluated("d", "--samples", moved)
     assert report["notes"] == [] and report["whole"]["metrics"]["auc"]["value"] == alike("auc", trained)
     shutil.rmtree(places.folder / "features")
-    assert "is not a feature store" in evaluate(run, "--samples", moved, code=2)
+    assert re.search(told(Problem.NO_STORE_AT_SETTING), evaluate(run, "--samples", moved, code=2))
     assert "--store" in evaluate(run, "--samples", moved, "--store", tmp_path / "nothing", code=2)
     assert not (run / "evaluation").exists()
 

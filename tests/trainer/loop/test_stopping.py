@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from featurestore.storage.storage import Storage
+from tests.raised import raises
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places, values_of
 from tests.trainer.whole_runs import assert_same, interrupted_after, report_of, run_alone
@@ -20,6 +21,7 @@ from trainer.evaluation import predict
 from trainer.loop import training as train_module
 from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of, num_plateaus
 from trainer.main import _next_command, train
+from trainer.problems import Problem
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import with_validation
@@ -58,7 +60,7 @@ class TestDecision:
         assert num_plateaus([{"auc": auc} for auc in (0.5, 0.7, 0.7, None, 0.6, 0.65, 0.8)]) == 3
 
     def test_a_gauc_that_is_not_defined(self) -> None:
-        with pytest.raises(TrainerError, match="goes by GAUC, which the evaluation after step 20 has not"):
+        with raises(TrainerError, Problem.NO_GAUC, where=20):
             has_ended(_history(0.5, None), 1)
 
 
@@ -216,9 +218,9 @@ def test_days_are_named_once(places: Places) -> None:
     assert of("data.validation_days=1") == last
     assert of("data.validation_days=1", f"data.train_days=[{','.join(KEPT)}]") == (KEPT[:1], KEPT[1:])
     assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == last
-    with pytest.raises(ConfigError, match="validation_days=3 leaves none of the 3 training days of"):
+    with raises(ConfigError, Problem.NO_TRAINING_DAYS_LEFT, value=3, days=3, where=samples.url):
         of("data.validation_days=3")
-    with pytest.raises(ConfigError, match=r"1 \(for train.early_stopping\) leaves none of the 1 training days"):
+    with raises(ConfigError, Problem.NO_TRAINING_DAYS_LEFT, value="1 (for train.early_stopping)", days=1):
         of("train.early_stopping=1", f"data.train_days=[{KEPT[0]}]")
     # What a checkpoint has recorded counts where nothing is said.
     assert of(recorded=["2026-01-03"]) == last and of("train.epochs=9", recorded=0) == (None, 0)

@@ -20,7 +20,7 @@ from serving.scoring.scorer import Scorer
 from tests.raised import raises, told
 from tests.ranks import StandingRanks
 from tests.serving.scoring.variants import export
-from tests.trainer.checkpoints import tensors_of
+from tests.trainer.checkpoints import differs, tensors_of
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.config import ModelConfig, load_config
@@ -65,11 +65,10 @@ def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: Sa
     begun = {**SHARED, "run__dir": tmp_path, "run__resume": own / "checkpoints" / "step-00000005"}
     assert_same(run_alone(places, **begun), own)
     warm = {**SHARED, "run__dir": tmp_path, "run__warm_start": own, "run__warm_parts": "all"}
-    base = re.compile(told(Problem.SETTING_DIFFERS, where="model.base", value="mlp", other=BASE))
+    base, width = differs("model.base", "mlp", other=BASE), differs("model.tower_width", 16, other=32)
     for settings, problem in ((begun, Problem.CHECKPOINT_OF_OTHER_RUN), (warm, Problem.WARM_START_OF_OTHER_RUN)):
         with raises(CheckpointError, problem, differing=base):
             run_alone(places, **{**settings, "run__name": "other", "model__base": "mlp"})
-    width = re.compile(told(Problem.SETTING_DIFFERS, where="model.tower_width", value=16, other=32))
     with raises(CheckpointError, Problem.WARM_START_OF_OTHER_RUN, differing=width):
         run_alone(places, **{**warm, "run__name": "warm", "model__tower_width": 16})
 

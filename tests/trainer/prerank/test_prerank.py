@@ -18,6 +18,7 @@ from typer.testing import Result
 from featurestore import FeatureRows, FeatureStore
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
 from featurestore.index import VectorIndex
+from featurestore.problems import Problem as StoreProblem
 from featurestore.published.versions import open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from tests.cli import invoke
@@ -103,7 +104,7 @@ def test_users_are_of_the_run_s_own_test_days_and_the_newest_day_takes_others(tm
     newest = trained_on("2026-01-04", "[]")
     done(newest, "--out", index)
     command = ("search", "--run", newest, "--index", index, "--user")
-    assert "no test samples of its own" in invoke(app, *command, 1, code=2).stderr
+    assert re.search(told(Problem.RUN_WITHOUT_TEST), invoke(app, *command, 1, code=2).stderr)
     tomorrow = tmp_path / "tomorrow"
     (table,) = write_samples(tomorrow / "test", [30], seed=70, items=60)  # items 50 to 59 have no feature
     found = invoke(app, *command, table["user"][0].as_py(), "--samples", tomorrow, code=0)
@@ -332,7 +333,7 @@ def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str, monkeypa
 def test_two_additions_at_once_do_not_lose_one(url: str) -> None:
     first, second = AdIndex.open(url), AdIndex.open(url)
     first.update(np.array([1]), vectors(1), ORIGIN)
-    with pytest.raises(CommitConflictError, match="has number 2 by now, and not 1; run it again"):
+    with raises(CommitConflictError, StoreProblem.ANOTHER_PUBLISHED_FIRST, newest=2, wanted=1):
         second.update(np.array([2]), vectors(1), ORIGIN)
     assert (AdIndex.open(url).version, AdIndex.open(url).state.num_ads) == (2, 5)
 
@@ -358,7 +359,8 @@ def test_damage_is_told(url: str, pattern: str) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CorruptFileError, match=rf"{file.name} is damaged"):
+    problem = StoreProblem.DAMAGED if file.suffix == ".json" else StoreProblem.DIGEST_DIFFERS
+    with raises(CorruptFileError, problem, where=file):
         AdIndex.open(url).vectors()
 
 

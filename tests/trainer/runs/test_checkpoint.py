@@ -18,6 +18,7 @@ from safetensors.torch import load
 from safetensors.torch import save as save_tensors
 
 from featurestore.errors import USAGE, StorageError
+from featurestore.problems import Problem as StoreProblem
 from featurestore.published.paths import RunPath, run_path
 from featurestore.published.versions import PublishedFile
 from featurestore.storage.storage import Storage
@@ -110,7 +111,7 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
             checkpoint.read_state(path)
         assert f"{path}/state.json" in str(caught.value)
     file.write_bytes(state_bytes(state.model_copy(update={"format_version": 99}), {}))
-    with pytest.raises(CheckpointError, match="has format 99"):
+    with raises(CheckpointError, StoreProblem.FORMAT_TOO_NEW, where=file, value=99):
         checkpoint.read_state(path)
 
 
@@ -512,8 +513,8 @@ def test_the_newest_and_the_best_are_kept(run: RunPath) -> None:
 def test_wrong_credentials_are_one_error(folder: RunPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     place = CheckpointPlace(folder)
-    where, reason = f"{folder}/checkpoints/step-00000050", re.compile("are the credentials right")
+    where, reason = f"{folder}/checkpoints/step-00000050", re.compile(told(StoreProblem.NO_PERMISSION))
     with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, where=where, reason=reason):
         save(place, 50)
-    with pytest.raises(StorageError, match="are the credentials right"):
+    with raises(StorageError, StoreProblem.NO_PERMISSION):
         place.claim()

@@ -94,7 +94,7 @@ def refused(where: str, value: object, **other: object) -> str:
         ("partial", {"model__embed_hidden": [9, 4]}, refused("model.embed_hidden", [9, 4])),
         ("partial", {"model__multi_hot": "sum"}, refused("model.multi_hot", "sum")),
         ("partial", {"model__images": "none"}, told(Problem.CHECKPOINT_HAS_IMAGES)),
-        ("all", {"model__tables__item": 640}, r"item/0000/weight has shape \(16, 12\) in the checkpoint"),
+        ("all", {"model__tables__item": 640}, told(Problem.TABLE_SHAPE, where="item/0000/weight", value=(16, 12))),
         ("all", {"model__table_shards": 2}, refused("model.table_shards", 2)),
         ("all", {"optim__ids": "rowwise_adagrad"}, refused("optim.ids", "rowwise_adagrad")),
         ("all", {"model__id_init_std": 0.05}, refused("model.id_init_std", 0.05)),

@@ -204,9 +204,9 @@ def test_every_bucket_has_a_row_of_its_own() -> None:
     assert len(set(zip(shard.tolist(), row.tolist(), strict=True))) == 41
     assert (shape.num_rows, row.max() < shape.rows_per_shard) == (41, True)
     assert len(set(shape.shards_of(np.arange(41)).tolist())) == 8
-    with pytest.raises(ConfigError, match=r"model\.tables\.age: the table has a row for each bucket of age"):
+    with raises(ConfigError, Problem.TABLE_HAS_ITS_ROWS, where="age", field="age"):
         table_shapes(fields, ModelConfig(tables={"age": 64}))
     item = Field(name="item", side="ad", kind="id", table="age")
     for together in ((item, *fields), (*fields, item)):
-        with pytest.raises(ConfigError, match="field item shares table age with buckets"):
+        with raises(ConfigError, Problem.TABLE_OF_BUCKETS, where="item", table="age"):
             table_shapes(together, ModelConfig(tables={"age": 64}))

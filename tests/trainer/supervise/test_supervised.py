@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.raised import told
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import damage
 from tests.trainer.conftest import make_days
@@ -17,6 +18,7 @@ from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sampl
 from tests.trainer.runs.saved import save
 from tests.trainer.supervise.supervised import TIMEOUT_S, TWO_HOSTS, Supervised, kill
 from trainer.launch import AGENT
+from trainer.problems import Problem
 
 Settings = Callable[..., list[str]]
 STEPS = 80
@@ -55,7 +57,8 @@ def test_the_supervisor_and_a_rank_are_lost(settings_of: Settings, tmp_path: Pat
     said = " ".join(run.end(process).split())
     assert "supervise: rank 0 on localhost died (signal 9, SIGKILL)" in said
     assert f"warning: step-{step:08} is skipped, and kept as damaged-step-{step:08} in " in said
-    assert f"{file} is damaged: its digest is not the one in state.json; continuing from step {step - 10}" in said
+    changed = told(Problem.CHECKPOINT_FILE_CHANGED, where=file).partition(";")[0]
+    assert re.search(rf"{changed}; continuing from step {step - 10}", said)
     assert "2 of 2 slots left; resuming at step " in said
     assert f"supervise: done after 1 restart, with step {STEPS}" in said
     legs = run.legs()
@@ -126,7 +129,7 @@ def test_a_rank_stops_and_the_same_command_goes_on_with_the_hosts_that_are_there
     wait_for_leg(3)
     process.send_signal(signal.SIGTERM)
     said = run.end(process, 130)
-    assert "has taken more than run.deadline_s=5 on rank 0; not there: rank 1" in said
+    assert re.search(told(Problem.LATE_RANKS, limit=5, rank=0, ranks="rank 1"), said)
     step = run.newest_step()
     assert 0 < step < STEPS
     assert f"stopped after 1 restart, with step {step}; the same command continues the run" in said

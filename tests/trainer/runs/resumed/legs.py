@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.raised import told
 from tests.ranks import Forks, StandingRanks, command_of, environment
 from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
+from trainer.problems import Problem
 from trainer.schema.fields import DEFAULT_SCHEMA
 
 WORKER = Path(__file__).parent / "mortal.py"
@@ -92,8 +94,8 @@ class Killed:
         else:
             codes, output = forks.outcome(ranks, self.folder / f"log-{number}.txt", *self.words(number, die_at))
         assert 0 not in codes if die_at else set(codes) == {0}, output
-        told = re.search(r"error: rank \d+ lost another rank", output) is not None
-        assert told == (die_at > 0 and ranks > 1), output
+        lost = re.search(f"error: {told(Problem.LOST_RANK)}", output) is not None
+        assert lost == (die_at > 0 and ranks > 1), output
         return self.seen(number, ranks)
 
     def leg_of(self, standing: StandingRanks, number: int) -> Leg:
