@@ -15,14 +15,14 @@ ANY = re.compile(r"[\s\S]*?")
 
 
 @contextmanager
-def raises(kind: type[E], problem: Sentences, **values: object) -> Iterator[pytest.ExceptionInfo[E]]:
+def raises(kind: type[E], problem: Sentences, /, **values: object) -> Iterator[pytest.ExceptionInfo[E]]:
     """Expect an error of `kind` with this problem and, among its values, these."""
     with pytest.raises(kind) as caught:
         yield caught
     compare(caught.value, problem, **values)
 
 
-def compare(error: BaseException, problem: Sentences, **values: object) -> None:
+def compare(error: BaseException, problem: Sentences, /, **values: object) -> None:
     """See that `error` has this problem and, among its values, these, as texts; a compiled pattern is searched for."""
     assert isinstance(error, UserError), repr(error)
     assert error.problem is problem, f"{error.problem!r}: {error}"
@@ -32,7 +32,7 @@ def compare(error: BaseException, problem: Sentences, **values: object) -> None:
         assert same, f"{name} is {found!r}, not {wanted!r}: {error}"
 
 
-def told(problem: Sentences, **values: object) -> str:
+def told(problem: Sentences, /, **values: object) -> str:
     """Return a regular expression of the sentence of `problem` with these values, and anything in place of others.
 
     For text that a command or a server wrote; a value may be a compiled pattern.
