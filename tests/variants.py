@@ -196,10 +196,7 @@ VARIANTS = {
         one_shard=True,
     ),
     "id_proxy": Variant(
-        {"images": "both", "id_proxy": True, "id_dropout": 0.4},
-        {"data__missing": "learned"},
-        words=True,
-        deal="starve",
+        {"images": "both", "id_proxy": True, "id_dropout": 0.4}, {"data__missing": "learned"}, words=True, deal="starve"
     ),
     "id_proxy_image_dropout_texts": Variant(
         {"id_proxy": True, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2

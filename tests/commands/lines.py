@@ -6,8 +6,10 @@ choices that an option excludes have no lines here: test_every_command.py makes 
 
 from explorer.problems import Problem as ExplorerProblem
 from featurestore.problems import Problem
+from pipeline.problems import Problem as SampleProblem
 from serving.problems import Problem as ServingProblem
 from tests.commands.calls import HUGE, Told
+from trainer.problems import Problem as TrainerProblem
 
 NO_FILE = {"where": "{missing}"}
 MISSING = [
@@ -100,7 +102,7 @@ FEATURESTORE: list[tuple[str, int, Told]] = [
 # One setting each of python -m trainer.main: what is typed there comes from people more than anything else.
 SETTINGS = [
     ("data.=1", ""),
-    ("[/x].[bold]=1", "[/x] is unknown"),
+    ("[/x].[bold]=1", (TrainerProblem.SETTING_UNKNOWN, {"where": "[/x]"})),
     ("data.samples=''", "data.samples"),
     ("'data.samples={{a: b}}'", "data.samples"),
     ("'data.stores={{a: 1}}'", "data.stores"),
@@ -109,7 +111,7 @@ SETTINGS = [
     ("data.global_batch_size=nan", "data.global_batch_size"),
     ("data.train_days=[2026-02-30]", "data.train_days"),
     ("data.missing=[/x]", "data.missing"),
-    ("data.schema_file={missing}", "no such file"),
+    ("data.schema_file={missing}", (TrainerProblem.NO_FILE_OF_SETTINGS, {"where": "data.schema_file={missing}"})),
     ("data.samples=!!python/object:os.system", ""),
     (f"model.tables.user={HUGE}", "model.tables"),
     ("model.tables.[/x]=a", "model.tables"),
@@ -124,7 +126,11 @@ SETTINGS = [
 # Settings of a run whose samples and store are right.
 WITH_DATA = [
     ("run.dir={new} model.tables.user=1000000000000", 2, "model.tables.user=1000000000000: 1,000,000,000,000 rows"),
-    ("run.dir={new} model.tables.itm=8", 2, "itm is the table of no field; did you mean model.tables.item?"),
+    (
+        "run.dir={new} model.tables.itm=8",
+        2,
+        (TrainerProblem.TABLE_OF_NO_FIELD, {"where": "itm", "hint": "did you mean model.tables.item?"}),
+    ),
     ("run.resume={missing}", 2, "{missing}"),
     ("data.samples={brackets}", 2, "[/x]"),
     ("data.samples={empty}", 2, "{empty} is a file"),
@@ -138,8 +144,8 @@ TRAINER = [
     *(("trainer.main data.samples={samples} data.store={store} " + line, *told) for line, *told in WITH_DATA),
     ("trainer.main --set", 2, "requires an argument"),
     ("trainer.main --config {garbage}", 2, "YAML"),
-    ("trainer.main --config {samples}", 2, "{samples} is a folder; name a YAML file"),
-    ("trainer.main --config {deepyaml}", 2, "nested too deep"),
+    ("trainer.main --config {samples}", 2, (TrainerProblem.SETTINGS_IN_A_FOLDER, {"where": "{samples}"})),
+    ("trainer.main --config {deepyaml}", 2, Problem.NESTED_TOO_DEEP),
     ("trainer.main --config {unknown}", 2, "did you mean data.samples?"),
     ("trainer.compat {run} {store} --name [/x]", 2, "[/x]"),
     ("trainer.compat {run} {store} --json {emptydir}", 2, "{emptydir}"),
@@ -158,13 +164,17 @@ TRAINER = [
     ("trainer.prerank search --run {run} --index {missing} --user 1", 2, ""),
     ("trainer.prerank search --run {towers} --index {index} --user 987654", 2, "987654"),
     ("trainer.schema missing {samples} {store} --schema {garbage}", 2, "{garbage}"),
-    ("trainer.schema lookup {missing} 3", 2, "has no ids.parquet"),
+    ("trainer.schema lookup {missing} 3", 2, (TrainerProblem.NO_TEXTS, NO_FILE)),
     ("trainer.schema inspect {garbage_parquet}", 1, "garbage.parquet"),
     ("trainer.schema inspect {samples} --out {missing}/x.yaml", 1, "{missing}"),
     ("trainer.schema check {deepyaml} {samples}", 2, "too deep"),
-    ("trainer.launch -- true", 2, "this is not a Slurm job"),
+    ("trainer.launch -- true", 2, TrainerProblem.NOT_A_SLURM_JOB),
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
-    ("trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main", 2, "has 2 slots"),
+    (
+        "trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main",
+        2,
+        (TrainerProblem.TOO_FEW_SLOTS, {"value": 3, "slots": 2}),
+    ),
 ]
 
 DASK_SUBMIT = [
@@ -174,33 +184,57 @@ DASK_SUBMIT = [
     ("dask-submit --timeout nan {script}", 2, "--timeout"),
     ("dask-submit --memory-limit nan {script}", 2, "--memory-limit"),
     ("dask-submit -n 0 {script}", 2, "--workers"),
-    ("dask-submit --scheduler tcp://127.0.0.1:1 -n 2 {script}", 2, "exclude"),
-    ("dask-submit --scheduler '' --timeout 1 {script}", 1, "no Dask scheduler"),
+    ("dask-submit --scheduler tcp://127.0.0.1:1 -n 2 {script}", 2, SampleProblem.SEVERAL_CLUSTERS),
+    ("dask-submit --scheduler '' --timeout 1 {script}", 1, SampleProblem.NO_SCHEDULER),
     ("dask-submit --scheduler tcp://127.0.0.1:99999 --timeout 1 {script}", 1, "99999"),
     ("dask-submit --scheduler-file {missing} --timeout 0.1 {script}", 1, "no such file"),
     ("dask-submit --wait-workers -1 {script}", 2, "--wait-workers"),
 ]
 
 JOBS = [
-    ("jobs/extract_features --images {emptydir} --store {new} --weights random:0", 2, "no images in"),
+    (
+        "jobs/extract_features --images {emptydir} --store {new} --weights random:0",
+        2,
+        (SampleProblem.NO_IMAGES, {"where": "{emptydir}"}),
+    ),
     ("jobs/extract_features --images {there} --store {new} --weights random:0", 2, "[/x] there"),
     ("jobs/extract_features --images {garbage_csv} --store {new} --weights random:0", 1, "garbage.csv"),
     ("jobs/extract_features --images nosuch://x --store {new} --weights random:0", 2, "nosuch"),
     ("jobs/extract_features --weights random:x", 2, "random:x"),
     ("jobs/extract_features --weights imagenet:[/x]", 2, "[/x]"),
-    ("jobs/extract_features --images {photos} --store {new} --weights {garbage}", 2, "not a state dict"),
-    ("jobs/extract_features --images {photos} --store {new} --weights {otherweights}", 2, "not those of torchvision"),
+    (
+        "jobs/extract_features --images {photos} --store {new} --weights {garbage}",
+        2,
+        (SampleProblem.WEIGHTS_UNREAD, {"where": "{garbage}"}),
+    ),
+    (
+        "jobs/extract_features --images {photos} --store {new} --weights {otherweights}",
+        2,
+        (SampleProblem.OTHER_MODEL, {"where": "{otherweights}"}),
+    ),
     ("jobs/extract_features --backbone vgg16:[/x] --weights random:0", 2, "[/x]"),
     ("jobs/import_features --from {garbage_parquet} --store {new}", 1, "garbage.parquet"),
     ("jobs/import_features --from {garbage_npy} --store {new}", 2, "--keys"),
     ("jobs/import_features --from {garbage_npy} --keys {garbage} --store {new}", 1, "garbage.npy"),
     ("jobs/import_xdl --from {garbage} --samples {new}", 1, ""),
     ("trainer.prerank build --run {run} --out {new}", 2, "two_tower"),
-    ("trainer.prerank build --ads x --samples y", 2, "give one of --ads and --samples"),
-    ("trainer.prerank build --sync x --add", 2, "--sync does not go with --add"),
-    ("trainer.prerank build --sync x --ads y", 2, "--sync does not go with --ads"),
-    ("trainer.prerank build --run {towers} --ads {garbage} --out {new}", 2, "{garbage} is neither a *.parquet file"),
-    ("trainer.prerank build --add --index hnsw", 2, "leave --index out"),
+    ("trainer.prerank build --ads x --samples y", 2, TrainerProblem.ADS_AND_SAMPLES),
+    (
+        "trainer.prerank build --sync x --add",
+        2,
+        (TrainerProblem.DOES_NOT_GO_WITH, {"where": "--sync", "value": "--add"}),
+    ),
+    (
+        "trainer.prerank build --sync x --ads y",
+        2,
+        (TrainerProblem.DOES_NOT_GO_WITH, {"where": "--sync", "value": "--ads"}),
+    ),
+    (
+        "trainer.prerank build --run {towers} --ads {garbage} --out {new}",
+        2,
+        (TrainerProblem.NOT_A_TABLE_OF_ADS, {"where": "{garbage}"}),
+    ),
+    ("trainer.prerank build --add --index hnsw", 2, (TrainerProblem.KIND_IS_KEPT, {"value": "--index"})),
     ("jobs/export_embeddings --run {run} --out .parquet", 2, "--out"),
     ("jobs/export_embeddings --run {run} --network [/x] --out {new}.parquet", 2, "[/x]"),
     ("jobs/export_embeddings --run {run} --store-version 99 --out {new}.parquet", 2, "99"),
@@ -208,7 +242,7 @@ JOBS = [
     ("jobs/score --model {model} --run {run} --out {new}.parquet", 2, "--run"),
     ("jobs/score --version 1 --out {new}.parquet", 2, "--version"),
     ("jobs/make_demo_data --out {empty} --small", 1, "{empty}"),
-    ("jobs/make_demo_data --out s3://bucket/demo --small", 2, "is an address"),
+    ("jobs/make_demo_data --out s3://bucket/demo --small", 2, (Problem.IS_AN_ADDRESS, {"where": "s3://bucket/demo"})),
     ("jobs/make_demo_data --out {new} --labels {empty}", 2, "--labels"),
     ("jobs/make_demo_data --out {new} --images {emptydir} --items 50", 2, "--items"),
     ("jobs/build_samples --samples memory://none --since 2026-01-01", 2, "memory://none"),
@@ -216,7 +250,11 @@ JOBS = [
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {list}", 2, "{list}"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {badmapping}", 2, "csv.delimiter=5: it should be"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {deepyaml}", 2, "too deep"),
-    ("jobs/build_samples --logs {missing} --samples {new} --mapping {missing}", 2, "{missing} is not a file; crossme"),
+    (
+        "jobs/build_samples --logs {missing} --samples {new} --mapping {missing}",
+        2,
+        (SampleProblem.NO_MAPPING_FILE, NO_FILE),
+    ),
 ]
 
 OTHERS = [
@@ -243,7 +281,7 @@ SERVING: list[tuple[str, int, Told]] = [
     ("serving check {model} --token-file {garbage}", 2, ServingProblem.NEEDS_SERVER),
     ("serving check {model} --url http://127.0.0.1:1", 1, (ServingProblem.NO_ANSWER, {"where": "http://127.0.0.1:1"})),
     ("serving check {model} --url https://127.0.0.1:1 --ca {garbage}", 2, (ServingProblem.UNUSABLE_CA, NO_PEM)),
-    ("serving serve {model} --token-file {garbage}", 2, "{garbage} is not ASCII text"),
+    ("serving serve {model} --token-file {garbage}", 2, (Problem.TOKENS_NOT_ASCII, {"where": "{garbage}"})),
     ("serving log {listuse}", 1, "damaged"),
     ("serving serve {model} --host nosuch.invalid", 1, (ServingProblem.CANNOT_LISTEN, AT_NO_SUCH_HOST)),
     ("serving serve {model} --tls-cert {empty}", 2, (ServingProblem.UNUSABLE_PEM, {"where": "--tls-cert {empty}"})),
@@ -252,15 +290,23 @@ SERVING: list[tuple[str, int, Told]] = [
     ("jobs/export_model --run {run} --out {empty}", 2, "{empty} is a file"),
     ("jobs/export_model --run {run} --out {samples}", 2, (ServingProblem.OTHER_FILES, {"where": "{samples}"})),
     ("jobs/publish_vectors --model {model} --store-version 1.5", 2, "--store-version"),
-    ("jobs/publish_vectors --model {model} --store other={store}", 2, "the model has vectors of"),
+    (
+        "jobs/publish_vectors --model {model} --store other={store}",
+        2,
+        (SampleProblem.NO_SUCH_STORE, {"where": "--store other"}),
+    ),
     ("jobs/export_model --run {run} --out {new} --json foo://x", 2, "cannot write --json"),
 ]
 
 EXPLORER = [
     ("explorer serve", 2, ExplorerProblem.NOTHING_GIVEN),
-    ("explorer serve --images {emptydir} --token-file {garbage}", 2, "--token-file {garbage} is not ASCII text"),
+    (
+        "explorer serve --images {emptydir} --token-file {garbage}",
+        2,
+        (Problem.TOKENS_NOT_ASCII, {"where": "{garbage}"}),
+    ),
     (f"explorer serve --images {{emptydir}} {TLS}", 2, (ServingProblem.UNUSABLE_PEM, {"where": TLS})),
-    ("explorer serve --images foo://x", 2, "foo:// cannot be opened"),
+    ("explorer serve --images foo://x", 2, (Problem.CANNOT_OPEN, {"where": "foo"})),
     ("explorer serve --samples /proc/x", 2, (ExplorerProblem.NO_FOLDER, {"where": "--samples", "value": "/proc/x"})),
     ("explorer export s3://bucket/x --images {emptydir}", 2, (ExplorerProblem.IS_ADDRESS, {"value": "s3://bucket/x"})),
     ("explorer export {script} --images {emptydir}", 2, (ExplorerProblem.NOT_EXPORT, {"where": "{script}"})),
@@ -284,7 +330,7 @@ PIPES = [
     ("trainer.main --set data.schema_file={pipe_yaml}", 2, "not a regular file"),
     ("trainer.schema inspect {pipe_csv}", 2, "{pipe_csv}"),
     ("jobs/extract_features --images {pipe_csv} --store {new} --weights random:0", 1, "{pipe_csv}"),
-    ("jobs/import_features --from {pipeimages} --store {new}", 1, "are empty"),
+    ("jobs/import_features --from {pipeimages} --store {new}", 1, SampleProblem.ONLY_EMPTY_FILES),
 ]  # fmt: skip
 """A pipe in the place of a file: the command ends at once."""
 

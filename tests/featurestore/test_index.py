@@ -56,8 +56,7 @@ KEYS = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 3_000)
 @pytest.mark.long
 @kinds
 @pytest.mark.parametrize(
-    ("count", "dim", "shared", "norms"),
-    [(2_000, 12, 0, 0.8), (2_000, 64, 2, 0), (4_000, 32, 4, 0.8)],
+    ("count", "dim", "shared", "norms"), [(2_000, 12, 0, 0.8), (2_000, 64, 2, 0), (4_000, 32, 4, 0.8)]
 )
 def test_vectors_that_share_a_direction(kind: IndexKind, count: int, dim: int, shared: float, norms: float) -> None:
     ads, users = two_towers(count, dim, shared, norms)

@@ -406,10 +406,7 @@ USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
             (changed(csv={"delimiter": sign}), told(Problem.NOT_A_DELIMITER, value=sign))
             for sign in ("", ";;", '"', "§", "\0", "\n")
         ),
-        (
-            changed(behaviors__files="nowhere"),
-            told(Problem.NO_MAPPED_FILES, where=NOWHERE, log="behaviors"),
-        ),
+        (changed(behaviors__files="nowhere"), told(Problem.NO_MAPPED_FILES, where=NOWHERE, log="behaviors")),
         (
             changed(behaviors__columns={}),
             missing("visits.csv", "timestamp", "behaviors.columns.timestamp", "photo, sec"),

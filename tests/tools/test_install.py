@@ -241,8 +241,7 @@ class TestHorovod:
         assert packages.read_text() == "horovod==0.28.1\n"
 
     @pytest.mark.parametrize(
-        ("operations", "passed"),
-        [("CPU", []), ("NCCL", ["HOROVOD_GPU_ALLREDUCE=NCCL", "HOROVOD_GPU_OPERATIONS=NCCL"])],
+        ("operations", "passed"), [("CPU", []), ("NCCL", ["HOROVOD_GPU_ALLREDUCE=NCCL", "HOROVOD_GPU_OPERATIONS=NCCL"])]
     )
     def test_horovods_build_gets_what_was_asked_for(self, installed: Place, operations: str, passed: list[str]) -> None:
         """For the CPU none of its variables for GPUs, of which one alone would ask for a CUDA toolkit."""

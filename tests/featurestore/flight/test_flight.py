@@ -463,8 +463,7 @@ def test_requests_that_are_none(serve: Serve, wide: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "127.0.0.1:1", "http://a:1", "grpc://a", "grpc://a:x", "grpc://a:1,b:2", "grpc://a:1/x"],
+    "text", ["", "127.0.0.1:1", "http://a:1", "grpc://a", "grpc://a:x", "grpc://a:1,b:2", "grpc://a:1/x"]
 )
 def test_what_is_no_address_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=told(Problem.NOT_A_SERVER_ADDRESS, where=text)):

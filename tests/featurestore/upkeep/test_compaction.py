@@ -55,13 +55,7 @@ def test_an_empty_store_and_one_that_is_compact_get_no_commit(store: FeatureStor
 class TestWhatIsDue:
     @pytest.mark.parametrize(
         ("base", "deltas", "is_due"),
-        [
-            (10**6, [1] * 8, False),
-            (10**6, [1] * 9, True),
-            (75, [25], False),
-            (75, [26], True),
-            (75, [], False),
-        ],
+        [(10**6, [1] * 8, False), (10**6, [1] * 9, True), (75, [25], False), (75, [26], True), (75, [], False)],
     )
     def test_more_than_8_deltas_or_a_quarter_of_the_bytes(self, base: int, deltas: list[int], is_due: bool) -> None:
         entry = FileEntry(

@@ -146,12 +146,7 @@ def test_preprocessing_is_that_of_the_weights_and_a_block_stands_for_its_last_op
     ("name", "problem", "values", "near"),
     [
         ("resnet81:avgpool", Problem.NO_SUCH_MODEL, {"value": "resnet81"}, r"\bresnet18,"),
-        (
-            "resnet18:avgpol",
-            Problem.NO_SUCH_LAYER,
-            {"value": "avgpol", "near": NEAR},
-            r":avgpool \(512\)",
-        ),
+        ("resnet18:avgpol", Problem.NO_SUCH_LAYER, {"value": "avgpol", "near": NEAR}, r":avgpool \(512\)"),
         ("resnet18", Problem.LAYER_NEEDED, {"model": "resnet18"}, r"resnet18:flatten \(512\)"),
         (
             "resnet18:layer4",

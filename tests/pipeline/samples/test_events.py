@@ -164,10 +164,7 @@ def where(**changes: Any) -> dict[str, Any]:
         (where(clicked="view"), told(Problem.VALUE_OF_BOTH, value="view")),
         (where(value="x", clicked="y"), told(Problem.NO_ROW_OF_WHERE)),
         (where(within_s=0), "impressions.where.within_s"),
-        (
-            {"columns": MAPPING["impressions"]["columns"] | {"label": "price"}},
-            told(Problem.LABEL_AND_CLICKED),
-        ),
+        ({"columns": MAPPING["impressions"]["columns"] | {"label": "price"}}, told(Problem.LABEL_AND_CLICKED)),
     ],
 )
 def test_mistakes_are_told(shop: Shop, change: Any, message: str) -> None:

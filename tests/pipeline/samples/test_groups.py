@@ -97,11 +97,7 @@ def test_last_days_are_those_of_the_calendar_also_where_one_has_no_impression(bu
 @pytest.mark.parametrize(
     ("changes", "problem", "values"),
     [
-        (
-            {"test_share": 0.1, "test_from": "2026-01-02"},
-            Problem.GIVE_ONE,
-            {"where": "--test-from and --test-share"},
-        ),
+        ({"test_share": 0.1, "test_from": "2026-01-02"}, Problem.GIVE_ONE, {"where": "--test-from and --test-share"}),
         ({"test_from": "tomorrow"}, Problem.NOT_A_DAY, {"where": "--test-from", "value": "tomorrow"}),
         ({"test_from": "2026-01-01"}, Problem.NOTHING_TO_TRAIN_ON, {}),
         ({"test_share": 0.9}, Problem.NOTHING_TO_TRAIN_ON, {}),

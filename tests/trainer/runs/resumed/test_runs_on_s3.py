@@ -111,10 +111,7 @@ def test_a_second_start_ends_the_first(places: Places, s3_url: str, monkeypatch:
 
 @pytest.mark.services
 def test_s3_that_is_away_for_a_while_stops_nothing(
-    places: Places,
-    far_and_near: tuple[RemotePath, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    places: Places, far_and_near: tuple[RemotePath, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is killed before a checkpoint, and comes back after the next steps: these are not waited for."""
     folder, step, seen = tmp_path / "server", Engine.train_step, []
