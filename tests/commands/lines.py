@@ -6,13 +6,14 @@ choices that an option excludes have no lines here: test_every_command.py makes 
 
 from explorer.problems import Problem as ExplorerProblem
 from featurestore.problems import Problem
-from pipeline.problems import Problem as SampleProblem
+from pipeline.problems import Problem as PipelineProblem
 from serving.problems import Problem as ServingProblem
 from tests.commands.calls import HUGE, Told
 from trainer.problems import Problem as TrainerProblem
 
 NO_FILE = {"where": "{missing}"}
 MISSING = [
+    ("jobs/refresh_features --images {emptydir} --store {missing}", 2, (PipelineProblem.NO_STORE_YET, NO_FILE)),
     *((line, 2, (Problem.NO_STORE, NO_FILE)) for line in (
         "featurestore compact {missing}", "featurestore diff {missing} 1 2", "featurestore expire {missing}",
         "featurestore log {missing}", "featurestore quarantine {missing}", "featurestore pin {missing} a",
@@ -20,7 +21,6 @@ MISSING = [
         "featurestore get {missing} 1000", "featurestore channel {missing}", "featurestore serve {missing}",
         "featurestore verify {missing}", "featurestore repair {missing}",
         "featurestore remake {missing} {new} --dims 2", "trainer.compat {run} {missing}",
-        "jobs/refresh_features --images {emptydir} --store {missing}",
         "jobs/publish_vectors --model {model} --store images={missing}",
     )),
     *((line, 2, (ServingProblem.NO_MODEL, {"where": "{missing}"})) for line in (
@@ -75,7 +75,7 @@ FEATURESTORE: list[tuple[str, int, Told]] = [
     ("featurestore info {deepinfo}", 1, Problem.NESTED_TOO_DEEP),
     ("featurestore get {store}", 2, Problem.NO_IMAGE_NAMED),
     (f"featurestore get {{store}} {HUGE}", 2, HUGE),
-    ("featurestore get {store} --uri [/x]", 1, (Problem.NO_FEATURE, {"number": 1, "value": "[/x]"})),
+    ("featurestore get {store} --uri [/x]", 1, (Problem.NO_FEATURE, {"number": 1})),
     ("featurestore channel {store} stable", 2, (Problem.NO_CHANNEL, STABLE | {"known": "none"})),
     ("featurestore channel {store} 19", 2, (Problem.NOT_A_CHANNEL_NAME, {"value": "19"})),
     ("featurestore channel {store} stable 99", 2, (Problem.NO_SNAPSHOT, STORE | {"value": 99})),
@@ -184,8 +184,8 @@ DASK_SUBMIT = [
     ("dask-submit --timeout nan {script}", 2, "--timeout"),
     ("dask-submit --memory-limit nan {script}", 2, "--memory-limit"),
     ("dask-submit -n 0 {script}", 2, "--workers"),
-    ("dask-submit --scheduler tcp://127.0.0.1:1 -n 2 {script}", 2, SampleProblem.SEVERAL_CLUSTERS),
-    ("dask-submit --scheduler '' --timeout 1 {script}", 1, SampleProblem.NO_SCHEDULER),
+    ("dask-submit --scheduler tcp://127.0.0.1:1 -n 2 {script}", 2, PipelineProblem.SEVERAL_CLUSTERS),
+    ("dask-submit --scheduler '' --timeout 1 {script}", 1, PipelineProblem.NO_SCHEDULER),
     ("dask-submit --scheduler tcp://127.0.0.1:99999 --timeout 1 {script}", 1, "99999"),
     ("dask-submit --scheduler-file {missing} --timeout 0.1 {script}", 1, "no such file"),
     ("dask-submit --wait-workers -1 {script}", 2, "--wait-workers"),
@@ -195,7 +195,7 @@ JOBS = [
     (
         "jobs/extract_features --images {emptydir} --store {new} --weights random:0",
         2,
-        (SampleProblem.NO_IMAGES, {"where": "{emptydir}"}),
+        (PipelineProblem.NO_IMAGES, {"where": "{emptydir}"}),
     ),
     ("jobs/extract_features --images {there} --store {new} --weights random:0", 2, "[/x] there"),
     ("jobs/extract_features --images {garbage_csv} --store {new} --weights random:0", 1, "garbage.csv"),
@@ -205,12 +205,12 @@ JOBS = [
     (
         "jobs/extract_features --images {photos} --store {new} --weights {garbage}",
         2,
-        (SampleProblem.WEIGHTS_UNREAD, {"where": "{garbage}"}),
+        (PipelineProblem.WEIGHTS_UNREAD, {"where": "{garbage}"}),
     ),
     (
         "jobs/extract_features --images {photos} --store {new} --weights {otherweights}",
         2,
-        (SampleProblem.OTHER_MODEL, {"where": "{otherweights}"}),
+        (PipelineProblem.OTHER_MODEL, {"where": "{otherweights}"}),
     ),
     ("jobs/extract_features --backbone vgg16:[/x] --weights random:0", 2, "[/x]"),
     ("jobs/import_features --from {garbage_parquet} --store {new}", 1, "garbage.parquet"),
@@ -253,7 +253,7 @@ JOBS = [
     (
         "jobs/build_samples --logs {missing} --samples {new} --mapping {missing}",
         2,
-        (SampleProblem.NO_MAPPING_FILE, NO_FILE),
+        (PipelineProblem.NO_MAPPING_FILE, NO_FILE),
     ),
 ]
 
@@ -293,7 +293,7 @@ SERVING: list[tuple[str, int, Told]] = [
     (
         "jobs/publish_vectors --model {model} --store other={store}",
         2,
-        (SampleProblem.NO_SUCH_STORE, {"where": "--store other"}),
+        (PipelineProblem.NO_SUCH_STORE, {"where": "--store other"}),
     ),
     ("jobs/export_model --run {run} --out {new} --json foo://x", 2, "cannot write --json"),
 ]
@@ -330,7 +330,7 @@ PIPES = [
     ("trainer.main --set data.schema_file={pipe_yaml}", 2, "not a regular file"),
     ("trainer.schema inspect {pipe_csv}", 2, "{pipe_csv}"),
     ("jobs/extract_features --images {pipe_csv} --store {new} --weights random:0", 1, "{pipe_csv}"),
-    ("jobs/import_features --from {pipeimages} --store {new}", 1, SampleProblem.ONLY_EMPTY_FILES),
+    ("jobs/import_features --from {pipeimages} --store {new}", 1, PipelineProblem.ONLY_EMPTY_FILES),
 ]  # fmt: skip
 """A pipe in the place of a file: the command ends at once."""
 
