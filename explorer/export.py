@@ -38,7 +38,7 @@ def export(
 ) -> ExportedPages:
     """Write the pages of `places` into the folder `out`, completely or not at all; `tell` gets done and known files.
 
-    `doing` gets the progress of a map. Replaces an earlier export in `out`. Raises ExplorerError if `out` holds
+    `doing` gets what a slow page waits for. Replaces an earlier export in `out`. Raises ExplorerError if `out` holds
     something else or cannot be written.
     """
     if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):

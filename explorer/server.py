@@ -30,7 +30,6 @@ from explorer.html.query import DRAINED
 from explorer.html.site import PICTURE, THUMBNAIL, PageKind, Site
 from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
-from explorer.pages.maps import MapPages
 from explorer.pages.runs import ModelPages, RunPages
 from explorer.pages.store import StorePages
 from explorer.places import ExplorerSettings
@@ -94,7 +93,6 @@ KINDS: tuple[type[PageKind], ...] = (
     StorePages,
     ImagePages,
     PicturePages,
-    MapPages,
     RunPages,
     ImpressionPages,
     ModelPages,

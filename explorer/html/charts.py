@@ -1,15 +1,10 @@
-"""Charts of runs, settings and maps, as figures of Plotly."""
+"""Charts of runs, as figures of Plotly."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from explorer.data.map import Colour, MapPoints, drawn, groups, names_of
 from explorer.data.runs.comparing import TITLES, EvaluationReport, RunDifference
 from explorer.data.runs.curves import ScalarCurve
-from featurestore.keys import Int64Array
 from trainer.evaluation.bootstrap import Estimate, SlicedBy
 
 Figure = dict[str, Any]
@@ -70,11 +65,6 @@ def differences(found: Sequence[RunDifference]) -> Figure:
     return figure
 
 
-def values(by_name: Mapping[str, Estimate], title: str) -> Figure:
-    """Draw a value with its interval for each name."""
-    return _forest(list(by_name), list(by_name.values()), title)
-
-
 def _forest(names: Sequence[str], estimates: Sequence[Estimate | None], title: str) -> Figure:
     trace = {
         "type": "scatter",
@@ -106,64 +96,3 @@ def _reach(estimates: Sequence[Estimate | None]) -> Figure:
         above.append(max(0.0, each.high - each.value) if known else 0.0)  # type: ignore[union-attr, operator]
         below.append(max(0.0, each.value - each.low) if known else 0.0)  # type: ignore[union-attr, operator]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-
-
-@dataclass(frozen=True)
-class PointLinks:
-    """The addresses of a point's page, by its key, and of its picture, by its uri; None where there is none."""
-
-    page: Callable[[int], str | None]
-    picture: Callable[[str], str | None]
-
-
-_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "pentagon", "star", "hexagram", "circle-open")
-_AXIS = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False}
-_FOUND = {"size": 13, "opacity": 1, "symbol": "circle-open", "color": "#d9480f", "line": {"width": 3}}
-
-
-def map_figure(points: MapPoints, colour: Colour, links: PointLinks, found: Int64Array | None = None) -> Figure:
-    """Draw points in the colours of a quantity, and rings around those that a search has `found`.
-
-    A point shows its picture, and a click opens its page. The legend hides and shows groups.
-    """
-    chosen = drawn(points)
-    if colour == "ctr":
-        known = np.isfinite(points.ctr_N[chosen])
-        low, high = np.quantile(points.ctr_N[chosen[known]], [0.02, 0.98]) if known.any() else (0.0, 1.0)
-        scale = {"colorscale": "Cividis", "cmin": float(low), "cmax": float(high), "showscale": True}
-        marker = {"color": [round(float(each), 4) for each in points.ctr_N[chosen[known]]], **scale}
-        rest = {"color": "#8a8f96", "symbol": "circle-open"}
-        traces = [
-            _trace(points, chosen[~known], links, "no impression", rest),
-            _trace(points, chosen[known], links, "shown as an ad", marker),
-        ]
-    else:
-        traces = [
-            _trace(points, group.points, links, group.name, {"symbol": _SYMBOLS[number % len(_SYMBOLS)]})
-            for number, group in enumerate(groups(names_of(points, colour), chosen))
-        ]
-    if found is not None and len(found):
-        traces.append(_trace(points, found, links, "found", _FOUND))
-    layout = {"xaxis": _AXIS, "yaxis": _AXIS, "hovermode": "closest", "margin": {"l": 8, "r": 8, "t": 8, "b": 8}}
-    return {"data": traces, "layout": {**layout, "showlegend": True, "dragmode": "pan"}, "links": True, "zoom": True}
-
-
-def _trace(points: MapPoints, at: Int64Array, links: PointLinks, name: str, marker: dict[str, Any]) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": plain(name)[:40],
-        "x": [round(float(each), 3) for each in points.x_N[at]],
-        "y": [round(float(each), 3) for each in points.y_N[at]],
-        "text": [plain(described(points, int(each))) for each in at],
-        "customdata": [[links.page(int(points.keys_N[each])), links.picture(points.uris_N[each])] for each in at],
-        "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"size": 7, "opacity": 0.8, **marker},
-    }
-
-
-def described(points: MapPoints, point: int) -> str:
-    """Describe an image: its uri, category, CTR and impressions."""
-    uri, ctr, category = points.uris_N[point][-80:], points.ctr_N[point], points.category_N[point]
-    named = f"{uri}, category {category}" if category else uri
-    return f"{named}, CTR {ctr:.3f} of {points.impressions_N[point]:,} impressions" if np.isfinite(ctr) else named

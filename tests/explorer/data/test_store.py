@@ -14,7 +14,6 @@ from explorer.data import catalogue, neighbours, snapshots
 from explorer.data.ads import AdFigures, nothing_known
 from explorer.data.background import Task
 from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, make_catalogue
-from explorer.data.map import folder_of
 from explorer.data.neighbours import Neighbour, Neighbours, Space, cosines, nearest_features, nearest_vectors
 from explorer.data.snapshots import KINDS, Changes, Timeline, find_key, live_rows, named, newest_at, open_snapshot
 from explorer.errors import NotHereError
@@ -339,8 +338,14 @@ def test_an_empty_store_and_names_of_all_kinds(tmp_path: Path) -> None:
     empty = make_store(tmp_path / "empty")
     found = make_catalogue(empty, empty.snapshot(), figures(), Task())
     assert len(found) == found.num_new == 0 and uris(found, text="x", sort="ctr") == []
-    names = ["s3://bag/x.jpg", "c.jpg", "a/b/c.jpg", "line\nbreak/x.png", "/abs/y.jpg"]
+    names = {
+        "s3://bag/x.jpg": "bag",
+        "c.jpg": "",
+        "a/b/c.jpg": "a",
+        "line\nbreak/x.png": "line\nbreak",
+        "/abs/y.jpg": "",
+    }
     made = make_store(tmp_path / "names")
-    made.put(rows(names, 1))
+    made.put(rows(list(names), 1))
     found = make_catalogue(made, made.snapshot(), figures(), Task())
-    assert found.names["folder"].to_pylist() == [folder_of(uri) for uri in sorted(names)]
+    assert found.names["folder"].to_pylist() == [names[uri] for uri in sorted(names)]
