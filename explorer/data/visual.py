@@ -42,7 +42,6 @@ VECTOR = "vector"
 MOST_RUNS = 100
 MOST_BYTES = 10_000_000
 """Most bytes of an uploaded picture."""
-_BLOCK_ROWS = 1 << 16
 _FILES = TableCache("vectors-", most=16)
 """One for each of the checkpoints and snapshots used last."""
 
@@ -88,7 +87,8 @@ def visual_vectors(
     """Compute the visual vectors of all images, or open the cached ones; `progress` counts images.
 
     By the newest checkpoint. `store`: current address of the run's store; `store_version`: by default the newest.
-    Cost: about 10 s for 100,000 images on a core, or some milliseconds from the cache. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
+    Cost: about 10 s for 100,000 images on a core, or some milliseconds from the cache. Raises TrainerError (a run
+    without images or without a checkpoint), FeatureStoreError.
     """
     from trainer.runs.saved import open_network
 

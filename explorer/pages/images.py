@@ -18,14 +18,7 @@ from explorer.data.ads import AdFigures, begin
 from explorer.data.background import Task
 from explorer.data.cache import LruCache
 from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, make_catalogue
-from explorer.data.neighbours import (
-    Neighbours,
-    Space,
-    nearest_features,
-    nearest_vectors,
-    only_in,
-    shared,
-)
+from explorer.data.neighbours import Neighbours, Space, nearest_features, nearest_vectors, overlap
 from explorer.data.pictures import shrunk
 from explorer.data.snapshots import find_key, name_of, open_snapshot
 from explorer.data.visual import MOST_BYTES, begin_vectors, embed, feature_of_picture, image_runs
@@ -81,11 +74,7 @@ class ImagePages(PageKind):
     def routes(self) -> Sequence[Route]:
         """List the routes: search, one image, and neighbours of an uploaded picture."""
         upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
-        return [
-            Route("/images", self.search),
-            *upload,
-            Route("/images/{key}", self.image),
-        ]
+        return [Route("/images", self.search), *upload, Route("/images/{key}", self.image)]
 
     def search(self, request: Request) -> Response:
         """Show the images, all or those that are searched for, in the requested order."""
@@ -147,7 +136,7 @@ class ImagePages(PageKind):
         self.await_task(request, "figures", figures)
         runs = image_runs(self.site.places)
         run = self._run(request.query_params.get("run"), runs)
-        spaces = None
+        spaces: list[Space] = []
         if here is not None and self._wants_spaces(request, snapshot):
             feature_1D, problem = tried(lambda: snapshot.get([key]))
             spaces = [Space(name="features", title=_TITLES["features"], problem=problem)]
@@ -201,13 +190,14 @@ class ImagePages(PageKind):
             "features": lambda: self._in_features(snapshot, asked),
             "visual": lambda: self._in_visual(request, snapshot, asked),
         }
-        return [_or_problem(name, make) for name, make in made.items()]
+        found = [(name, *tried(make)) for name, make in made.items()]
+        return [space or Space(name=name, title=_TITLES[name], problem=problem) for name, space, problem in found]
 
     def _in_features(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         query_D = snapshot.codec.decode(asked.feature_1D)[0]
         name = (name_of(snapshot), query_D.tobytes())
-        found = self._features.get(name, lambda: nearest_features(snapshot, query_D, NUM_NEIGHBOURS + 1, None))
-        found = _without(found, asked.key)
+        found = self._features.get(name, lambda: nearest_features(snapshot, query_D, NUM_NEIGHBOURS + 1))
+        found = found.without(asked.key, NUM_NEIGHBOURS)
         how = f"Cosine of features of {snapshot.info.width_text} numbers, "
         if found.is_exact:
             how += f"exactly, among all {found.num_rows:,} images."
@@ -233,7 +223,8 @@ class ImagePages(PageKind):
             if found_V is None:
                 raise ExplorerError(Problem.NO_VECTOR)
             query_V = found_V
-        found = nearest_vectors(snapshot, vectors.blocks(), query_V, NUM_NEIGHBOURS, asked.key)
+        found = nearest_vectors(snapshot, vectors.blocks(), query_V, NUM_NEIGHBOURS + 1)
+        found = found.without(asked.key, NUM_NEIGHBOURS)
         how = (
             f"Cosine of the {len(query_V)} numbers that the run {asked.run} ({vectors.about['checkpoint']}) makes of "
             f"each image, exactly, among all {found.num_rows:,} images."
@@ -262,11 +253,6 @@ class ImagePages(PageKind):
         )
 
 
-def _or_problem(name: str, make: Callable[[], Space]) -> Space:
-    found, problem = tried(make)
-    return found or Space(name=name, title=_TITLES[name], problem=problem)
-
-
 def _query(request: Request) -> ImageQuery:
     """Read what is asked of the list. Raises ExplorerError."""
     given = request.query_params
@@ -287,14 +273,7 @@ def _params(query: ImageQuery) -> dict[str, str]:
     return {name: value for name, value in asked.items() if value}
 
 
-def _without(found: Neighbours, key: int | None) -> Neighbours:
-    """Remove one image, and shorten the list to its length."""
-    images = tuple(image for image in found.images if image.key != key)[:NUM_NEIGHBOURS]
-    return Neighbours(**{**found.__dict__, "images": images})
-
-
-def _compared(spaces: list[Space] | None) -> dict[str, Any]:
-    if spaces is None:
-        return {"spaces": None, "only": {}, "shared": None, "awaited": None}
+def _compared(spaces: Sequence[Space]) -> dict[str, Any]:
+    """Return the values for the template of neighbours."""
     awaited = next((space.task for space in spaces if space.task is not None), None)
-    return {"spaces": spaces, "only": only_in(spaces), "shared": shared(spaces), "awaited": awaited}
+    return {"spaces": spaces, "overlap": overlap(spaces), "awaited": awaited}

@@ -20,7 +20,7 @@ from explorer.data.snapshots import (
     open_snapshot,
     version_before,
 )
-from explorer.errors import ExplorerError
+from explorer.errors import ExplorerError, tried
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
@@ -82,10 +82,8 @@ class StorePages(PageKind):
         shown = known[paging.first : paging.first + SNAPSHOTS_PER_PAGE]
         lines, pins_problem = None, ""
         if self.waits(request, "line") or self._timeline.is_quick(store, shown, snapshot.manifest.num_files):
-            try:
-                lines = self._timeline.lines(store, shown)
-            except UserError as error:
-                lines, pins_problem = [], one_line(error)
+            lines, pins_problem = tried(lambda: self._timeline.lines(store, shown))
+            lines = lines or []
         rows, num_broken = live_rows(snapshot), None if store.storage.list(QUARANTINE) else 0
         counts_problem = ""
         if self.waits(request, "counts"):
