@@ -168,7 +168,7 @@ def test_neighbours_are_those_of_all_rows_at_once(tmp_path, kind, most):
         store = FeatureStore.open(tmp_path / "compact")
     snapshot, key = store.snapshot(), key_of_uri("a/5.jpg")
     query_D = store.codec.decode(snapshot.get([key]))[0]
-    found = nearest_features(snapshot, query_D, most, key)
+    found = nearest_features(snapshot, query_D, most + 1).without(key, most)
     expected = plainly(snapshot, query_D.astype(np.float64), most, key)
     assert [image.uri for image in found.images] == [uri for uri, _ in expected]
     np.testing.assert_allclose([image.nearness for image in found.images], [near for _, near in expected], rtol=1e-4)
@@ -219,11 +219,9 @@ def space(name, keys):
 
 def test_what_one_space_alone_has_is_marked():
     spaces = [space("features", [1, 2, 3]), space("visual", [2, 4])]
-    assert neighbours.only_in(spaces) == {"features": {1, 3}, "visual": {4}}
-    assert neighbours.shared(spaces) == (1, 2)
+    assert neighbours.overlap(spaces) == (1, 2, {"features": {1, 3}, "visual": {4}})
     alone = [spaces[0], Space(name="visual", title="visual", problem="none")]
-    assert neighbours.only_in(alone) == {"features": set(), "visual": set()}
-    assert neighbours.shared(alone) is None
+    assert neighbours.overlap(alone) is None
 
 
 PART = ["a/", "1", ".JPG", "B/3", "nothing", "a/1%", "*", "\\", "[", " "]
