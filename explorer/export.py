@@ -45,19 +45,13 @@ def export(
         raise ExplorerError(Problem.NOT_EXPORT, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            pages, site = Path(folder) / "pages", Site(places, frozen=True, most_files=most_files, doing=doing)
+            exported = asyncio.run(_export(site, pages, tell))
+            shutil.rmtree(out, ignore_errors=True)
+            pages.rename(out)
     except OSError as failure:
         raise ExplorerError(Problem.CANNOT_WRITE, out, failure.strerror) from failure
-    try:
-        site = Site(places, frozen=True, most_files=most_files, doing=doing)
-        exported = asyncio.run(_export(site, folder, tell))
-        folder.chmod(0o755)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
-    except OSError as failure:
-        raise ExplorerError(Problem.CANNOT_WRITE, out, failure.strerror) from failure
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return exported
 
 

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -141,15 +141,18 @@ def _answer(snapshot: Snapshot, found: _Nearest, num_rows: int, start_s: float) 
 class Space:
     """The neighbours in one space, or a sentence on why there are none, or on the progress of the search."""
 
-    name: str
-    """features or visual."""
-    title: str
+    name: Literal["features", "visual"]
     found: Neighbours | None = None
     how: str = ""
     """How they were found, in a sentence."""
     problem: str = ""
     task: Task[Any] | None = None
     """The task that computes the vectors, while it is running."""
+
+    @property
+    def title(self) -> str:
+        """The words for the space on pages."""
+        return {"features": "Features", "visual": "Visual vectors"}[self.name]
 
 
 class Overlap(NamedTuple):
@@ -166,6 +169,6 @@ def overlap(spaces: Sequence[Space]) -> Overlap | None:
     """Compare the neighbours of two spaces; None if fewer have any."""
     match [(space.name, {image.key for image in space.found.images}) for space in spaces if space.found]:
         case [(one, mine), (other, theirs)]:
-            only = {one: mine - theirs, other: theirs - mine}
+            only: dict[str, set[int]] = {one: mine - theirs, other: theirs - mine}
             return Overlap(len(mine & theirs), min(len(mine), len(theirs)), only)
     return None

@@ -33,11 +33,7 @@ def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:
     """Draw a metric of the slices with intervals; the line is the metric of all impressions."""
     names = list(sliced.slices)
     estimates = [each.metrics.get(metric) for each in sliced.slices.values()]
-    figure = _forest(names, estimates, TITLES[metric])
-    if whole.value is not None:
-        line = {"type": "line", "x0": whole.value, "x1": whole.value, "yref": "paper", "y0": 0, "y1": 1}
-        figure["layout"]["shapes"] = [{**line, "line": {"dash": "dot", "color": "#888888"}}]
-    return figure
+    return _forest(names, estimates, TITLES[metric], whole.value, "dot")
 
 
 def reliability(evaluation: EvaluationReport) -> Figure:
@@ -59,13 +55,13 @@ def reliability(evaluation: EvaluationReport) -> Figure:
 def differences(found: Sequence[RunDifference]) -> Figure:
     """Draw differences with their intervals, one row for each run; those that span the line at 0 may be chance."""
     estimates = [Estimate(value=each.value, low=each.low, high=each.high) for each in found]
-    figure = _forest([each.run for each in found], estimates, f"difference in {TITLES[found[0].metric]}")
-    line = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1}
-    figure["layout"]["shapes"] = [{**line, "line": {"color": "#888888"}}]
-    return figure
+    return _forest([each.run for each in found], estimates, f"difference in {TITLES[found[0].metric]}", 0, "solid")
 
 
-def _forest(names: Sequence[str], estimates: Sequence[Estimate | None], title: str) -> Figure:
+def _forest(
+    names: Sequence[str], estimates: Sequence[Estimate | None], title: str, line_at: float | None, dash: str
+) -> Figure:
+    """Draw a value with its interval for each name, and a line from top to bottom."""
     trace = {
         "type": "scatter",
         "mode": "markers",
@@ -75,7 +71,9 @@ def _forest(names: Sequence[str], estimates: Sequence[Estimate | None], title: s
         "marker": {"size": 9},
     }
     rows = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [plain(each) for each in names]}
+    line = {"type": "line", "x0": line_at, "x1": line_at, "yref": "paper", "y0": 0, "y1": 1}
     layout = {
+        "shapes": [] if line_at is None else [{**line, "line": {"dash": dash, "color": "#888888"}}],
         "xaxis": {"title": {"text": title}},
         "yaxis": {**rows, "range": [len(names) - 0.5, -0.5]},
         "showlegend": False,

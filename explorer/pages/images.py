@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.ads import AdFigures, begin
+from explorer.data.ads import begin
 from explorer.data.background import Task
 from explorer.data.cache import LruCache
 from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, make_catalogue
@@ -41,7 +41,6 @@ _BUSY_S = 60.0
 """Seconds that an uploaded picture waits for others before it."""
 _PATIENCE_S = 10.0
 """Seconds to wait for visual vectors for an uploaded picture, which the user would have to send again."""
-_TITLES = {"features": "Features", "visual": "Visual vectors"}
 
 
 class SoughtFeature(NamedTuple):
@@ -105,17 +104,13 @@ class ImagePages(PageKind):
 
     def _catalogue(self, store: FeatureStore, snapshot: Snapshot) -> Task[Catalogue]:
         """Start to list all images of a snapshot, or return the task of before."""
-        figures = self._figures()
+        figures = begin(self.site.places, self.site.background)
 
         def work(task: Task[Catalogue]) -> Catalogue:
             task.tell("reads the test samples")
             return make_catalogue(store, snapshot, figures.result(), task)
 
         return self.site.background.task(repr(("images", name_of(snapshot), figures.name)), work)
-
-    def _figures(self) -> Task[AdFigures]:
-        """Start to count what samples say of images, or return the task of before."""
-        return begin(self.site.places, self.site.background)
 
     def image(self, request: Request) -> Response:
         """Show one image, or a broken one: the picture and its neighbours."""
@@ -132,14 +127,14 @@ class ImagePages(PageKind):
         if image is None:
             raise NotHereError(Problem.NO_IMAGE_IN_SNAPSHOT, key, snapshot.version)
         uri = image.uri
-        figures = self._figures()
+        figures = begin(self.site.places, self.site.background)
         self.await_task(request, "figures", figures)
         runs = image_runs(self.site.places)
         run = self._run(request.query_params.get("run"), runs)
         spaces: list[Space] = []
         if here is not None and self._wants_spaces(request, snapshot):
             feature_1D, problem = tried(lambda: snapshot.get([key]))
-            spaces = [Space(name="features", title=_TITLES["features"], problem=problem)]
+            spaces = [Space(name="features", problem=problem)]
             if feature_1D is not None:  # else the image's own feature cannot be read
                 spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, key, run))
         return self._page(
@@ -186,12 +181,12 @@ class ImagePages(PageKind):
 
     def _spaces(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
         """Find the neighbours in both spaces; an error in one becomes its sentence."""
-        made: dict[str, Callable[[], Space]] = {
-            "features": lambda: self._in_features(snapshot, asked),
-            "visual": lambda: self._in_visual(request, snapshot, asked),
-        }
-        found = [(name, *tried(make)) for name, make in made.items()]
-        return [space or Space(name=name, title=_TITLES[name], problem=problem) for name, space, problem in found]
+        features, problem = tried(lambda: self._in_features(snapshot, asked))
+        visual, problem_of_visual = tried(lambda: self._in_visual(request, snapshot, asked))
+        return [
+            features or Space(name="features", problem=problem),
+            visual or Space(name="visual", problem=problem_of_visual),
+        ]
 
     def _in_features(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         query_D = snapshot.codec.decode(asked.feature_1D)[0]
@@ -203,18 +198,16 @@ class ImagePages(PageKind):
             how += f"exactly, among all {found.num_rows:,} images."
         else:
             how += f"among {found.num_searched:,} of {found.num_rows:,} images at random, as all would take too long."
-        return Space(name="features", title=_TITLES["features"], found=found, how=how)
+        return Space(name="features", found=found, how=how)
 
     def _in_visual(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> Space:
-        title = _TITLES["visual"]
         if asked.run is None:
-            problem = "There is no run with images: name the folder of runs by --runs."
-            return Space(name="visual", title=title, problem=problem)
+            return Space(name="visual", problem="There is no run with images: name the folder of runs by --runs.")
         task = begin_vectors(self.site.places, asked.run, snapshot, self.site.background)
         if asked.key is None:
             task.wait(_PATIENCE_S)
         if not self.await_task(request, "vectors", task):
-            return Space(name="visual", title=title, task=task)
+            return Space(name="visual", task=task)
         vectors = task.result()
         if asked.key is None:
             query_V = embed(self.site.places, asked.run, snapshot, asked.feature_1D)[0]
@@ -229,7 +222,7 @@ class ImagePages(PageKind):
             f"Cosine of the {len(query_V)} numbers that the run {asked.run} ({vectors.about['checkpoint']}) makes of "
             f"each image, exactly, among all {found.num_rows:,} images."
         )
-        return Space(name="visual", title=title, found=found, how=how)
+        return Space(name="visual", found=found, how=how)
 
     def _run(self, asked: str | None, runs: list[str]) -> str | None:
         if asked and asked not in runs:

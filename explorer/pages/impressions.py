@@ -98,6 +98,7 @@ class ImpressionPages(PageKind):
             return self.site.page(request, "impressions/list.html", title="Impressions", runs=runs)
         asked = self._question(request, runs)
         context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "problem": ""}
+        context["run_words"] = {run.name: f"{run.name} ({run.text})" for run in runs}
         context["asked_page"] = request.query_params.get("page")
         context["is_there"] = self.waits(request, "list") or self.runs.is_listed(asked.run)
         if context["is_there"]:

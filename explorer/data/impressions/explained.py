@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from explorer.data.cache import LruCache
-from explorer.data.impressions.groups import (
-    GroupColumns,
-    PictureName,
-    SampleGroup,
-    with_looks,
-    without_pictures,
-)
+from explorer.data.impressions.groups import GroupColumns, PictureName, SampleGroup, with_looks, without_pictures
 from explorer.data.impressions.open_runs import OpenedRun
 from explorer.data.snapshots import find_key, named
 from explorer.data.visual import feature_of_picture

@@ -214,13 +214,13 @@ def test_vectors_in_blocks_give_the_same_as_in_one(store):
 
 def space(name, keys):
     images = tuple(Neighbour(key, f"{key}", 1.0) for key in keys)
-    return Space(name=name, title=name, found=Neighbours(images=images, num_searched=9, num_rows=9, seconds=0))
+    return Space(name=name, found=Neighbours(images=images, num_searched=9, num_rows=9, seconds=0))
 
 
 def test_what_one_space_alone_has_is_marked():
     spaces = [space("features", [1, 2, 3]), space("visual", [2, 4])]
     assert neighbours.overlap(spaces) == (1, 2, {"features": {1, 3}, "visual": {4}})
-    alone = [spaces[0], Space(name="visual", title="visual", problem="none")]
+    alone = [spaces[0], Space(name="visual", problem="none")]
     assert neighbours.overlap(alone) is None
 
 
