@@ -90,7 +90,9 @@ def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
     """Find an image by its key, or return None. Reads the names of one shard."""
     if not -_LARGEST <= key < _LARGEST:
         return None
-    return next(iter(named(snapshot, [key])), None)
+    shard = int(shard_of([key], snapshot.info.num_shards)[0])
+    keys, uris = snapshot.shard_reader(shard).uris(np.array([key], np.int64))
+    return NamedImage(key, uris[0]) if len(keys) else None
 
 
 @dataclass(frozen=True, kw_only=True)
