@@ -6,11 +6,13 @@ choices that an option excludes have no lines here: test_every_command.py makes 
 
 from explorer.problems import Problem as ExplorerProblem
 from featurestore.problems import Problem
+from pipeline.problems import Problem as PipelineProblem
 from serving.problems import Problem as ServingProblem
 from tests.commands.calls import HUGE, Told
 
 NO_FILE = {"where": "{missing}"}
 MISSING = [
+    ("jobs/refresh_features --images {emptydir} --store {missing}", 2, (PipelineProblem.NO_STORE_YET, NO_FILE)),
     *((line, 2, (Problem.NO_STORE, NO_FILE)) for line in (
         "featurestore compact {missing}", "featurestore diff {missing} 1 2", "featurestore expire {missing}",
         "featurestore log {missing}", "featurestore quarantine {missing}", "featurestore pin {missing} a",
@@ -18,7 +20,6 @@ MISSING = [
         "featurestore get {missing} 1000", "featurestore channel {missing}", "featurestore serve {missing}",
         "featurestore verify {missing}", "featurestore repair {missing}",
         "featurestore remake {missing} {new} --dims 2", "trainer.compat {run} {missing}",
-        "jobs/refresh_features --images {emptydir} --store {missing}",
         "jobs/publish_vectors --model {model} --store images={missing}",
     )),
     *((line, 2, (ServingProblem.NO_MODEL, {"where": "{missing}"})) for line in (
@@ -73,7 +74,7 @@ FEATURESTORE: list[tuple[str, int, Told]] = [
     ("featurestore info {deepinfo}", 1, Problem.NESTED_TOO_DEEP),
     ("featurestore get {store}", 2, Problem.NO_IMAGE_NAMED),
     (f"featurestore get {{store}} {HUGE}", 2, HUGE),
-    ("featurestore get {store} --uri [/x]", 1, (Problem.NO_FEATURE, {"number": 1, "value": "[/x]"})),
+    ("featurestore get {store} --uri [/x]", 1, (Problem.NO_FEATURE, {"number": 1})),
     ("featurestore channel {store} stable", 2, (Problem.NO_CHANNEL, STABLE | {"known": "none"})),
     ("featurestore channel {store} 19", 2, (Problem.NOT_A_CHANNEL_NAME, {"value": "19"})),
     ("featurestore channel {store} stable 99", 2, (Problem.NO_SNAPSHOT, STORE | {"value": 99})),

@@ -168,6 +168,20 @@ def pinned() -> dict[str, Version]:
     return found
 
 
+def test_scripts_are_copied_with_the_scripts_that_they_source() -> None:
+    copied = {
+        word for line in re.findall(r"^COPY (?!--)(.*) \S+$", FILE.read_text(), re.MULTILINE) for word in line.split()
+    }
+    scripts = {word for word in copied if word.endswith(".sh")}
+    sourced = {
+        f"tools/{name}"
+        for each in scripts
+        for name in re.findall(r"^\. .*/(\w+\.sh)\"$", (ROOT / each).read_text(), re.M)
+    }
+    assert sourced and sourced <= scripts
+    assert {f"!{each}" for each in scripts} <= {*(ROOT / ".dockerignore").read_text().splitlines()}
+
+
 def test_all_that_we_need_is_pinned() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")

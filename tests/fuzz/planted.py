@@ -28,7 +28,7 @@ DROPPED = [
     ("samples", INDEX, "_opened", "pa.ArrowException, OSError, UnicodeDecodeError"),
     ("samples", INDEX, "read_row_groups", "pa.ArrowException, OSError"),
     ("samples", COLUMNS, "check_types", "not _fits(found.field(column).type, rule)"),
-    ("samples", COLUMNS, "check_types", 'missing.append(f"column {column} is missing, {expected}")'),
+    ("samples", COLUMNS, "check_types", "missing.append(Problem.COLUMN_MISSING.of(column, wanted))"),
     ("samples", COLUMNS, "_encoded", "UnicodeDecodeError"),
     ("checkpoint", RUNS, "read_recorded", "CorruptFileError"),
     ("checkpoint", RUNS, "read_recorded", "FormatVersionError"),

@@ -82,7 +82,7 @@ def test_a_manifest_that_names_a_path_out_of_the_store_is_damaged(filled: Featur
     place, fields = Path(filled.url) / manifest_path(2), filled.snapshot().manifest.model_dump(mode="json")
     for path in OUTSIDE:
         fields["shards"][str(SHARD)][0][field] = path
-        reason = re.compile(rf"^{re.escape(f'shards.{SHARD}.0.{field}={path!r}: ')}(?!Value error)")
+        reason = re.compile(rf"^{re.escape(f'shards.{SHARD}.0.{field}={path!r}: ')}(?!.*Value error)")
         with raises(CorruptFileError, Problem.DAMAGED, where=place, reason=reason) as caught:
             unseal(sealed(fields), Manifest, str(place))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

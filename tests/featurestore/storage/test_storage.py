@@ -290,9 +290,9 @@ def test_a_new_folder_is_on_the_disk_before_its_file_is(tmp_path: Path, monkeypa
 
 def test_an_unreadable_sector_is_damage_in_a_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiskFiles, "read_bytes", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
-    with pytest.raises(errors.CorruptFileError, match="a cannot be read"):
+    with raises(errors.CorruptFileError, Problem.DISK_CANNOT_READ, where=tmp_path / "a"):
         Storage(tmp_path, keep_inside=True).read_bytes("a")
-    with pytest.raises(errors.StorageError, match=r"cannot read .*a: "):
+    with raises(errors.StorageError, Problem.REFUSED, action="read", where=tmp_path / "a"):
         Storage(tmp_path).read_bytes("a")
 
 

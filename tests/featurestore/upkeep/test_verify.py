@@ -128,6 +128,7 @@ def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> 
     pins = Path(filled.url) / "pins"
     (pins / "other.json").write_bytes((pins / "mine.json").read_bytes())
     assert has(filled, Problem.ANOTHER_PIN, where=str(pins / "other.json"), value="mine")
+    assert all("unpin" in problem.way_out for problem in verify(filled).problems)
     (pins / "other.json").unlink()
     (Path(filled.url) / manifest_path(1)).unlink()
     assert has(filled, Problem.PIN_OF_NOTHING, where=str(pins / "mine.json"), version=1)

@@ -151,7 +151,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.model = dict(self.past[version])
             self.committed(restore(self.store, version).version)
         else:
-            with raises(SnapshotNotFoundError, Problem.EXPIRED, where=self.store.url, value=version):
+            problem = Problem.EXPIRED if version >= 0 else Problem.NEGATIVE_VERSION
+            with raises(SnapshotNotFoundError, problem, value=version):
                 restore(self.store, version)
 
     @rule(back=st.integers(0, 5), ahead=st.integers(0, 5))

@@ -75,7 +75,7 @@ def test_later_checkpoints_refuse_it_untouched_and_overwriting_leaves_the_new_st
     runs: Runs, trained: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, first = content(runs.folder), content_of(runs.step("a", 2))
-    refused = {"value": runs.step("a", 2), "where": runs.folder / "a", "found": "step-00000004, step-00000006"}
+    refused = {"value": 2, "where": runs.folder / "a", "found": "step-00000004, step-00000006"}
     with raises(ConfigError, Problem.RUN_HAS_LATER_CHECKPOINTS, **refused):
         runs.branch("a")
     assert content(runs.folder) == before
