@@ -38,26 +38,20 @@ def export(
 ) -> ExportedPages:
     """Write the pages of `places` into the folder `out`, completely or not at all; `tell` gets done and known files.
 
-    `doing` gets the progress of a map. Replaces an earlier export in `out`. Raises ExplorerError if `out` holds
+    `doing` gets what a slow page waits for. Replaces an earlier export in `out`. Raises ExplorerError if `out` holds
     something else or cannot be written.
     """
     if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ExplorerError(Problem.NOT_EXPORT, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            pages, site = Path(folder) / "pages", Site(places, frozen=True, most_files=most_files, doing=doing)
+            exported = asyncio.run(_export(site, pages, tell))
+            shutil.rmtree(out, ignore_errors=True)
+            pages.rename(out)
     except OSError as failure:
         raise ExplorerError(Problem.CANNOT_WRITE, out, failure.strerror) from failure
-    try:
-        site = Site(places, frozen=True, most_files=most_files, doing=doing)
-        exported = asyncio.run(_export(site, folder, tell))
-        folder.chmod(0o755)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
-    except OSError as failure:
-        raise ExplorerError(Problem.CANNOT_WRITE, out, failure.strerror) from failure
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return exported
 
 

@@ -30,7 +30,6 @@ from explorer.html.query import DRAINED
 from explorer.html.site import PICTURE, THUMBNAIL, PageKind, Site
 from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
-from explorer.pages.maps import MapPages
 from explorer.pages.runs import ModelPages, RunPages
 from explorer.pages.store import StorePages
 from explorer.places import ExplorerSettings
@@ -94,7 +93,6 @@ KINDS: tuple[type[PageKind], ...] = (
     StorePages,
     ImagePages,
     PicturePages,
-    MapPages,
     RunPages,
     ImpressionPages,
     ModelPages,
@@ -134,10 +132,8 @@ def application(site: Site) -> Starlette:
         lifespan=lifespan,
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=_with_headers)],
         exception_handlers={
-            HTTPException: lambda request, error: _failed(site, request, error),
-            UserError: lambda request, error: _failed(site, request, error),
-            RefusedError: lambda request, error: _failed(site, request, error),
-            Exception: lambda request, error: _failed(site, request, error),
+            kind: lambda request, error: _failed(site, request, error)
+            for kind in (HTTPException, UserError, RefusedError, Exception)
         },
     )
 
@@ -145,18 +141,14 @@ def application(site: Site) -> Starlette:
 def static(request: Request) -> Response:
     """Return a file of the package: style, htmx, or the charts' library from its own package."""
     name = request.path_params["name"]
-    file = static_file(name)
+    if name == "plotly.min.js":
+        file: Path | None = Path(str(files("plotly") / "package_data" / name))
+    else:
+        folder = Path(str(files("explorer") / "static"))
+        file = next((each for each in folder.iterdir() if each.name == name), None)
     if file is None:
         raise HTTPException(404, Problem.NO_FILE.of(name[:60]))
     return FileResponse(file, headers={"Cache-Control": "private, max-age=3600"})
-
-
-def static_file(name: str) -> Path | None:
-    """Find a file that pages load, or return None."""
-    if name == "plotly.min.js":
-        return Path(str(files("plotly") / "package_data" / name))
-    folder = Path(str(files("explorer") / "static"))
-    return next((each for each in folder.iterdir() if each.name == name), None)
 
 
 async def _with_headers(request: Request, respond: Callable[[Request], Awaitable[Response]]) -> Response:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MOST_IMPRESSIONS = 2_000_000
 """Most impressions to read; of more, row groups are left out evenly."""
 _WHOLE = re.compile(r"-?\d{1,19}")
-_FILES = TableCache("ads-", ".arrow", most=32)
+_FILES = TableCache("ads-", most=32)
 
 
 @dataclass(frozen=True, kw_only=True)

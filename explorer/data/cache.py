@@ -9,13 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from featurestore.console.files import replaced_file
 from featurestore.lookup.cache import default_cache_dir
@@ -116,16 +114,15 @@ def about_of(table: pa.Table) -> Any:
 class TableCache:
     """Tables of one kind as files in the explorer's cache folder; the `most` used last stay.
 
-    An Arrow file is mapped into memory: only what is read of it is there. A Parquet file is read as a whole.
+    A file is mapped into memory: only what is read of it is there.
     """
 
     prefix: str
-    suffix: Literal[".arrow", ".parquet"]
     most: int
 
     def path(self, digest: str) -> Path:
         """Return the file of the table whose inputs have this digest. Raises StorageError."""
-        return explorer_cache() / f"{self.prefix}{digest}{self.suffix}"
+        return explorer_cache() / f"{self.prefix}{digest}.arrow"
 
     def get(self, digest: str, make: Callable[[], Iterable[pa.Table]]) -> pa.Table:
         """Read the table whose inputs have this digest, or make it, write it and read it.
@@ -151,8 +148,7 @@ class TableCache:
     def _read(self, file: Path) -> pa.Table | None:
         """Read a file; None if it is missing or damaged."""
         try:
-            is_mapped = self.suffix == ".arrow"
-            table = pa.ipc.open_file(pa.memory_map(str(file))).read_all() if is_mapped else pq.read_table(file)
+            table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
             about_of(table)
         except FileNotFoundError:
             return None
@@ -165,14 +161,13 @@ class TableCache:
 
     def _write(self, file: Path, parts: Iterator[pa.Table]) -> None:
         first = next(parts)
-        to: Any = pa.ipc.new_file if self.suffix == ".arrow" else partial(pq.ParquetWriter, compression="zstd")
-        with pa.OSFile(str(file), "wb") as out, to(out, first.schema) as writer:
+        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, first.schema) as writer:
             for part in itertools.chain([first], parts):
                 writer.write_table(part)
 
     def _prune(self) -> None:
         """Remove those used longest ago; those that are mapped stay valid."""
-        found = explorer_cache().glob(f"{self.prefix}*{self.suffix}")
+        found = explorer_cache().glob(f"{self.prefix}*.arrow")
         for old in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True)[self.most :]:
             old.unlink(missing_ok=True)
 

@@ -44,7 +44,7 @@ _PRIOR = 20
 """Impressions of the mean CTR that each image gets on top of its own, where images are sorted by CTR."""
 _IS_NEW = "is_new"
 _THREADS = 2
-_FILES = TableCache("images-", ".arrow", most=8)
+_FILES = TableCache("images-", most=8)
 
 
 class ImageQuery(NamedTuple):

@@ -7,15 +7,15 @@ Letters of shapes: M rows, K rows of a block, D width of a vector, C found.
 
 import random
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from explorer.data.background import Task
-from explorer.data.snapshots import NamedImage, named
+from explorer.data.snapshots import named
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import in_threads
 from featurestore.store import Snapshot
@@ -51,6 +51,10 @@ class Neighbours:
         """Whether all rows were compared."""
         return self.num_searched == self.num_rows
 
+    def without(self, key: int | None, most: int) -> "Neighbours":
+        """Leave out one image, if it is there, and all beyond `most`."""
+        return replace(self, images=tuple(image for image in self.images if image.key != key)[:most])
+
 
 @dataclass
 class _Nearest:
@@ -58,24 +62,16 @@ class _Nearest:
 
     query_D: npt.NDArray[np.float32]
     most: int
-    without: int | None
     keys_C: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     cosine_C: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     num_seen: int = 0
 
     def see(self, keys_K: Int64Array, values_KD: npt.NDArray[np.float32]) -> None:
-        self.num_seen += len(keys_K)
-        cosine_K = cosines(values_KD, self.query_D)
-        if self.without is not None:
-            others_K = keys_K != self.without
-            keys_K, cosine_K = keys_K[others_K], cosine_K[others_K]
-        self._keep(np.concatenate([self.keys_C, keys_K]), np.concatenate([self.cosine_C, cosine_K]))
+        self.merge(keys_K, cosines(values_KD, self.query_D), len(keys_K))
 
-    def merge(self, other: "_Nearest") -> None:
-        self.num_seen += other.num_seen
-        self._keep(np.concatenate([self.keys_C, other.keys_C]), np.concatenate([self.cosine_C, other.cosine_C]))
-
-    def _keep(self, keys: Int64Array, cosine: npt.NDArray[np.float32]) -> None:
+    def merge(self, more_keys: Int64Array, more_cosine: npt.NDArray[np.float32], num_seen: int) -> None:
+        self.num_seen += num_seen
+        keys, cosine = np.concatenate([self.keys_C, more_keys]), np.concatenate([self.cosine_C, more_cosine])
         if len(cosine) > self.most:
             chosen = np.argpartition(-cosine, self.most - 1)
             worst = cosine[chosen[self.most - 1]]
@@ -93,10 +89,8 @@ def cosines(values_KD: npt.NDArray[np.float32], query_D: npt.NDArray[np.float32]
     return np.where(norm_K > 0, cosine_K, np.float32(0))
 
 
-def nearest_features(
-    snapshot: Snapshot, query_D: npt.NDArray[np.float32], most: int, without: int | None = None
-) -> Neighbours:
-    """Find the images whose features are nearest to a decoded one, leaving out the key `without`.
+def nearest_features(snapshot: Snapshot, query_D: npt.NDArray[np.float32], most: int) -> Neighbours:
+    """Find the images whose features are nearest to a decoded one, also the one that it is of.
 
     Reads all features, or a part if there are more than READ_BYTES, a few files at a time. Raises CorruptFileError.
     """
@@ -110,53 +104,44 @@ def nearest_features(
         shards = shards[: max(1, int(np.searchsorted(rows, most_rows, side="right")))]
 
     def search(shard: int) -> _Nearest:
-        nearest = _Nearest(query_D, most, without)
+        nearest = _Nearest(query_D, most)
         for block in snapshot.shard_reader(shard).verified_blocks():
             nearest.see(block.keys_K, snapshot.codec.decode(block.features_KD))
         return nearest
 
-    total = _Nearest(query_D, most, without)
+    total = _Nearest(query_D, most)
     for part in in_threads(search, shards, _THREADS):
-        total.merge(part)
+        total.merge(part.keys_C, part.cosine_C, part.num_seen)
     num_rows = total.num_seen if len(shards) == len(manifest.shards) else snapshot.num_rows
     return _answer(snapshot, total, num_rows, start_s)
 
 
-def nearest_vectors(
-    snapshot: Snapshot, blocks: Blocks, query_V: npt.NDArray[np.float32], most: int, without: int | None = None
-) -> Neighbours:
+def nearest_vectors(snapshot: Snapshot, blocks: Blocks, query_V: npt.NDArray[np.float32], most: int) -> Neighbours:
     """Find the images whose vectors, given block by block, are nearest to one."""
     start_s = time.monotonic()
-    total = _Nearest(query_V, most, without)
+    total = _Nearest(query_V, most)
     for keys_K, vectors_KV in blocks:
         total.see(keys_K, vectors_KV)
     return _answer(snapshot, total, total.num_seen, start_s)
 
 
 def _answer(snapshot: Snapshot, found: _Nearest, num_rows: int, start_s: float) -> Neighbours:
+    """Add the names of found images; leave out those that are not in the snapshot."""
+    nearness = dict(zip(found.keys_C.tolist(), found.cosine_C.tolist(), strict=True))
+    images = named(snapshot, list(nearness))
     return Neighbours(
-        images=tuple(with_names(snapshot, found.keys_C.tolist(), found.cosine_C.tolist())),
+        images=tuple(Neighbour(image.key, image.uri, nearness[image.key]) for image in images),
         num_searched=found.num_seen,
         num_rows=num_rows,
         seconds=time.monotonic() - start_s,
     )
 
 
-def with_names(snapshot: Snapshot, keys: list[int], nearness: list[float]) -> Iterator[Neighbour]:
-    """Add the names of found images; leave out those that are not in the snapshot."""
-    images: dict[int, NamedImage] = {image.key: image for image in named(snapshot, keys)}
-    for key, near in zip(keys, nearness, strict=True):
-        if key in images:
-            yield Neighbour(key, images[key].uri, near)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """The neighbours in one space, or a sentence on why there are none, or on the progress of the search."""
 
-    name: str
-    """features or visual."""
-    title: str
+    name: Literal["features", "visual"]
     found: Neighbours | None = None
     how: str = ""
     """How they were found, in a sentence."""
@@ -164,23 +149,26 @@ class Space:
     task: Task[Any] | None = None
     """The task that computes the vectors, while it is running."""
 
-
-def keys_of(spaces: list[Space]) -> dict[str, set[int]]:
-    """List the keys that each space has found."""
-    return {space.name: {image.key for image in space.found.images} for space in spaces if space.found}
-
-
-def only_in(spaces: list[Space]) -> dict[str, set[int]]:
-    """Find the keys that only one of two spaces has, for each; empty if fewer have any."""
-    match keys_of(spaces):
-        case {"features": features, "visual": visual}:
-            return {"features": features - visual, "visual": visual - features}
-    return {space.name: set() for space in spaces}
+    @property
+    def title(self) -> str:
+        """The words for the space on pages."""
+        return {"features": "Features", "visual": "Visual vectors"}[self.name]
 
 
-def shared(spaces: list[Space]) -> tuple[int, int] | None:
-    """Count the neighbours that two spaces have in common, and those of the shorter list; None if fewer have any."""
-    match keys_of(spaces):
-        case {"features": features, "visual": visual}:
-            return len(features & visual), min(len(features), len(visual))
+class Overlap(NamedTuple):
+    """What two spaces have in common."""
+
+    shared: int
+    of: int
+    """The number of neighbours of the shorter list."""
+    only: Mapping[str, set[int]]
+    """The keys that only one of them has, by its name."""
+
+
+def overlap(spaces: Sequence[Space]) -> Overlap | None:
+    """Compare the neighbours of two spaces; None if fewer have any."""
+    match [(space.name, {image.key for image in space.found.images}) for space in spaces if space.found]:
+        case [(one, mine), (other, theirs)]:
+            only: dict[str, set[int]] = {one: mine - theirs, other: theirs - mine}
+            return Overlap(len(mine & theirs), min(len(mine), len(theirs)), only)
     return None

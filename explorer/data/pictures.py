@@ -57,7 +57,11 @@ class Pictures:
 
     def _made(self, location: str, size: int) -> Picture:
         with self._decoders:
-            return _made(location, size)
+            try:
+                data = read_image(location, MAX_FILE_BYTES + 1)
+            except BadImageError:
+                return placeholder(Problem.NO_PICTURE, size)
+            return shrunk(data, size) if len(data) <= MAX_FILE_BYTES else placeholder(Problem.BROKEN, size)
 
     def locate(self, uri: str) -> tuple[str, object]:
         """Find a picture below the place: its location, and a state that changes when it is replaced.
@@ -83,14 +87,6 @@ class Pictures:
         if not file.is_file() or found.st_size > MAX_FILE_BYTES:
             raise BadImageError(Problem.BROKEN)
         return str(file), (found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _made(location: str, size: int) -> Picture:
-    try:
-        data = read_image(location, MAX_FILE_BYTES + 1)
-    except BadImageError:
-        return placeholder(Problem.NO_PICTURE, size)
-    return shrunk(data, size) if len(data) <= MAX_FILE_BYTES else placeholder(Problem.BROKEN, size)
 
 
 def shrunk(data: bytes, size: int) -> Picture:

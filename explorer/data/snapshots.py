@@ -4,7 +4,7 @@ Memory: three counts per shard, and the names of the few shards on a page, for a
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -197,17 +197,12 @@ class ChangeCounts:
     """Numbers of images added, changed and removed between two snapshots, in each shard whose files differ, (S,)."""
 
     shards: tuple[int, ...]
-    added_S: Int64Array
-    changed_S: Int64Array
-    removed_S: Int64Array
-
-    def of(self, kind: ChangeKind) -> Int64Array:
-        """Return the counts of one kind by shard, (S,)."""
-        return {"added": self.added_S, "changed": self.changed_S, "removed": self.removed_S}[kind]
+    of: Mapping[ChangeKind, Int64Array]
+    """The counts of each kind by shard, (S,)."""
 
     def total(self, kind: ChangeKind) -> int:
         """Count the images of one kind."""
-        return int(self.of(kind).sum())
+        return int(self.of[kind].sum())
 
 
 @dataclass(frozen=True)
@@ -237,9 +232,10 @@ class Changes:
     def page(self, old: Snapshot, new: Snapshot, kind: ChangeKind, first: int, most: int) -> list[NamedImage]:
         """List up to `most` images of one kind from number `first` on, by shard and hash of the key."""
         counts = self.count(old, new)
-        start_S = np.cumsum(counts.of(kind)) - counts.of(kind)
+        count_S = counts.of[kind]
+        start_S = np.cumsum(count_S) - count_S
         found: list[NamedImage] = []
-        for shard, start, number in zip(counts.shards, start_S.tolist(), counts.of(kind).tolist(), strict=True):
+        for shard, start, number in zip(counts.shards, start_S.tolist(), count_S.tolist(), strict=True):
             if number == 0 or start + number <= first or start >= first + most:
                 continue
             rows = getattr(self.shard(old, new, shard), kind)
@@ -278,5 +274,4 @@ def _count(old: Snapshot, new: Snapshot, diff: Callable[[Snapshot, Snapshot, int
         return [len(getattr(found, kind)) for kind in KINDS]
 
     counts_S3 = np.array(list(in_threads(counts, shards, _THREADS)), np.int64).reshape(-1, len(KINDS))
-    added_S, changed_S, removed_S = counts_S3.T
-    return ChangeCounts(tuple(shards), added_S, changed_S, removed_S)
+    return ChangeCounts(tuple(shards), dict(zip(KINDS, counts_S3.T, strict=True)))

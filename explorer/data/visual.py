@@ -42,8 +42,7 @@ VECTOR = "vector"
 MOST_RUNS = 100
 MOST_BYTES = 10_000_000
 """Most bytes of an uploaded picture."""
-_BLOCK_ROWS = 1 << 16
-_FILES = TableCache("vectors-", ".arrow", most=16)
+_FILES = TableCache("vectors-", most=16)
 """One for each of the checkpoints and snapshots used last."""
 
 
@@ -53,8 +52,6 @@ class VisualVectors:
 
     table: pa.Table
     """Key, uri and vector, (N,)."""
-    digest: str
-    """Digest of checkpoint, network and snapshot, which identifies the vectors."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -84,19 +81,18 @@ def visual_vectors(
     run: RunPath,
     *,
     store: str | None = None,
-    network: str | None = None,
     store_version: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> VisualVectors:
     """Compute the visual vectors of all images, or open the cached ones; `progress` counts images.
 
-    By the newest checkpoint. `store`: current address of the run's store; `network`: which E, if a run has several;
-    `store_version`: by default the newest. Cost: about 10 s for 100,000 images on a core, or some milliseconds from the
-    cache. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
+    By the newest checkpoint. `store`: current address of the run's store; `store_version`: by default the newest.
+    Cost: about 10 s for 100,000 images on a core, or some milliseconds from the cache. Raises TrainerError (a run
+    without images or without a checkpoint), FeatureStoreError.
     """
     from trainer.runs.saved import open_network
 
-    found = open_network(run, network=network, store_version=store_version, store=store)
+    found = open_network(run, store_version=store_version, store=store)
 
     def computed() -> Iterator[pa.Table]:
         schema, done = described(found.schema(), found.describe()), 0
@@ -106,8 +102,7 @@ def visual_vectors(
             progress(done, found.snapshot.num_rows)
 
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
-    digest = digest_of([found.saved.digest, found.store, *commit])
-    return VisualVectors(_FILES.get(digest, computed), digest)
+    return VisualVectors(_FILES.get(digest_of([found.saved.digest, found.store, *commit]), computed))
 
 
 def image_runs(places: Places) -> list[str]:

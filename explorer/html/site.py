@@ -110,16 +110,7 @@ def ago(value: float | None) -> str:
     return "just now"
 
 
-FILTERS = {
-    "number": number,
-    "things": things,
-    "signed": signed,
-    "size": size,
-    "time": time,
-    "ago": ago,
-    "plain": printable,
-}
-
+FILTERS = {each.__name__: each for each in (number, things, signed, size, time, ago)} | {"plain": printable}
 
 THUMBNAIL = 160
 """Pixels of the longer side of a picture in a list."""
@@ -200,16 +191,8 @@ class Site:
             lstrip_blocks=True,
         )
         environment.filters.update(FILTERS)
-        environment.globals.update(
-            site=self,
-            url=self.url,
-            picture=self.picture,
-            script_json=script_json,
-            frozen=self.frozen,
-            percent=percent,
-            points=points,
-            name_of=name_of,
-        )
+        environment.globals.update(site=self, url=self.url, picture=self.picture, frozen=self.frozen)
+        environment.globals.update(script_json=script_json, percent=percent, points=points, name_of=name_of)
         return environment
 
     def finish(self, task: Task[Any]) -> None:

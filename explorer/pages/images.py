@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,18 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.ads import AdFigures, begin
+from explorer.data.ads import begin
 from explorer.data.background import Task
 from explorer.data.cache import LruCache
 from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, make_catalogue
-from explorer.data.neighbours import (
-    Neighbours,
-    Space,
-    nearest_features,
-    nearest_vectors,
-    only_in,
-    shared,
-)
+from explorer.data.neighbours import Neighbours, Space, nearest_features, nearest_vectors, overlap
 from explorer.data.pictures import shrunk
 from explorer.data.snapshots import find_key, name_of, open_snapshot
 from explorer.data.visual import MOST_BYTES, begin_vectors, embed, feature_of_picture, image_runs
@@ -48,7 +41,6 @@ _BUSY_S = 60.0
 """Seconds that an uploaded picture waits for others before it."""
 _PATIENCE_S = 10.0
 """Seconds to wait for visual vectors for an uploaded picture, which the user would have to send again."""
-_TITLES = {"features": "Features", "visual": "Visual vectors"}
 
 
 class SoughtFeature(NamedTuple):
@@ -81,11 +73,7 @@ class ImagePages(PageKind):
     def routes(self) -> Sequence[Route]:
         """List the routes: search, one image, and neighbours of an uploaded picture."""
         upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
-        return [
-            Route("/images", self.search),
-            *upload,
-            Route("/images/{key}", self.image),
-        ]
+        return [Route("/images", self.search), *upload, Route("/images/{key}", self.image)]
 
     def search(self, request: Request) -> Response:
         """Show the images, all or those that are searched for, in the requested order."""
@@ -116,17 +104,13 @@ class ImagePages(PageKind):
 
     def _catalogue(self, store: FeatureStore, snapshot: Snapshot) -> Task[Catalogue]:
         """Start to list all images of a snapshot, or return the task of before."""
-        figures = self._figures()
+        figures = begin(self.site.places, self.site.background)
 
         def work(task: Task[Catalogue]) -> Catalogue:
             task.tell("reads the test samples")
             return make_catalogue(store, snapshot, figures.result(), task)
 
         return self.site.background.task(repr(("images", name_of(snapshot), figures.name)), work)
-
-    def _figures(self) -> Task[AdFigures]:
-        """Start to count what samples say of images, or return the task of before."""
-        return begin(self.site.places, self.site.background)
 
     def image(self, request: Request) -> Response:
         """Show one image, or a broken one: the picture and its neighbours."""
@@ -143,14 +127,14 @@ class ImagePages(PageKind):
         if image is None:
             raise NotHereError(Problem.NO_IMAGE_IN_SNAPSHOT, key, snapshot.version)
         uri = image.uri
-        figures = self._figures()
+        figures = begin(self.site.places, self.site.background)
         self.await_task(request, "figures", figures)
         runs = image_runs(self.site.places)
         run = self._run(request.query_params.get("run"), runs)
-        spaces = None
+        spaces: list[Space] = []
         if here is not None and self._wants_spaces(request, snapshot):
             feature_1D, problem = tried(lambda: snapshot.get([key]))
-            spaces = [Space(name="features", title=_TITLES["features"], problem=problem)]
+            spaces = [Space(name="features", problem=problem)]
             if feature_1D is not None:  # else the image's own feature cannot be read
                 spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, key, run))
         return self._page(
@@ -197,34 +181,33 @@ class ImagePages(PageKind):
 
     def _spaces(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
         """Find the neighbours in both spaces; an error in one becomes its sentence."""
-        made: dict[str, Callable[[], Space]] = {
-            "features": lambda: self._in_features(snapshot, asked),
-            "visual": lambda: self._in_visual(request, snapshot, asked),
-        }
-        return [_or_problem(name, make) for name, make in made.items()]
+        features, problem = tried(lambda: self._in_features(snapshot, asked))
+        visual, problem_of_visual = tried(lambda: self._in_visual(request, snapshot, asked))
+        return [
+            features or Space(name="features", problem=problem),
+            visual or Space(name="visual", problem=problem_of_visual),
+        ]
 
     def _in_features(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         query_D = snapshot.codec.decode(asked.feature_1D)[0]
         name = (name_of(snapshot), query_D.tobytes())
-        found = self._features.get(name, lambda: nearest_features(snapshot, query_D, NUM_NEIGHBOURS + 1, None))
-        found = _without(found, asked.key)
+        found = self._features.get(name, lambda: nearest_features(snapshot, query_D, NUM_NEIGHBOURS + 1))
+        found = found.without(asked.key, NUM_NEIGHBOURS)
         how = f"Cosine of features of {snapshot.info.width_text} numbers, "
         if found.is_exact:
             how += f"exactly, among all {found.num_rows:,} images."
         else:
             how += f"among {found.num_searched:,} of {found.num_rows:,} images at random, as all would take too long."
-        return Space(name="features", title=_TITLES["features"], found=found, how=how)
+        return Space(name="features", found=found, how=how)
 
     def _in_visual(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> Space:
-        title = _TITLES["visual"]
         if asked.run is None:
-            problem = "There is no run with images: name the folder of runs by --runs."
-            return Space(name="visual", title=title, problem=problem)
+            return Space(name="visual", problem="There is no run with images: name the folder of runs by --runs.")
         task = begin_vectors(self.site.places, asked.run, snapshot, self.site.background)
         if asked.key is None:
             task.wait(_PATIENCE_S)
         if not self.await_task(request, "vectors", task):
-            return Space(name="visual", title=title, task=task)
+            return Space(name="visual", task=task)
         vectors = task.result()
         if asked.key is None:
             query_V = embed(self.site.places, asked.run, snapshot, asked.feature_1D)[0]
@@ -233,12 +216,13 @@ class ImagePages(PageKind):
             if found_V is None:
                 raise ExplorerError(Problem.NO_VECTOR)
             query_V = found_V
-        found = nearest_vectors(snapshot, vectors.blocks(), query_V, NUM_NEIGHBOURS, asked.key)
+        found = nearest_vectors(snapshot, vectors.blocks(), query_V, NUM_NEIGHBOURS + 1)
+        found = found.without(asked.key, NUM_NEIGHBOURS)
         how = (
             f"Cosine of the {len(query_V)} numbers that the run {asked.run} ({vectors.about['checkpoint']}) makes of "
             f"each image, exactly, among all {found.num_rows:,} images."
         )
-        return Space(name="visual", title=title, found=found, how=how)
+        return Space(name="visual", found=found, how=how)
 
     def _run(self, asked: str | None, runs: list[str]) -> str | None:
         if asked and asked not in runs:
@@ -262,11 +246,6 @@ class ImagePages(PageKind):
         )
 
 
-def _or_problem(name: str, make: Callable[[], Space]) -> Space:
-    found, problem = tried(make)
-    return found or Space(name=name, title=_TITLES[name], problem=problem)
-
-
 def _query(request: Request) -> ImageQuery:
     """Read what is asked of the list. Raises ExplorerError."""
     given = request.query_params
@@ -287,14 +266,7 @@ def _params(query: ImageQuery) -> dict[str, str]:
     return {name: value for name, value in asked.items() if value}
 
 
-def _without(found: Neighbours, key: int | None) -> Neighbours:
-    """Remove one image, and shorten the list to its length."""
-    images = tuple(image for image in found.images if image.key != key)[:NUM_NEIGHBOURS]
-    return Neighbours(**{**found.__dict__, "images": images})
-
-
-def _compared(spaces: list[Space] | None) -> dict[str, Any]:
-    if spaces is None:
-        return {"spaces": None, "only": {}, "shared": None, "awaited": None}
+def _compared(spaces: Sequence[Space]) -> dict[str, Any]:
+    """Return the values for the template of neighbours."""
     awaited = next((space.task for space in spaces if space.task is not None), None)
-    return {"spaces": spaces, "only": only_in(spaces), "shared": shared(spaces), "awaited": awaited}
+    return {"spaces": spaces, "overlap": overlap(spaces), "awaited": awaited}

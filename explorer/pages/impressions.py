@@ -28,7 +28,7 @@ from explorer.data.impressions.groups import PictureName, SampleGroup
 from explorer.data.impressions.impression_list import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
 from explorer.data.impressions.open_runs import At, OpenedRun
 from explorer.data.pictures import shrunk
-from explorer.data.runs.folders import RunSummary
+from explorer.data.runs.folders import RunSummary, open_run
 from explorer.data.visual import MOST_BYTES, why_not
 from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, read_upload, whole, whole_in
@@ -95,9 +95,10 @@ class ImpressionPages(PageKind):
         """Show the list; if its run is not open yet, show a page that loads it by `wait=list`."""
         runs = self.runs.names()
         if not runs:
-            return self.site.page(request, "impressions/empty.html", title="Impressions")
+            return self.site.page(request, "impressions/list.html", title="Impressions", runs=runs)
         asked = self._question(request, runs)
         context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "problem": ""}
+        context["run_words"] = {run.name: f"{run.name} ({run.text})" for run in runs}
         context["asked_page"] = request.query_params.get("page")
         context["is_there"] = self.waits(request, "list") or self.runs.is_listed(asked.run)
         if context["is_there"]:
@@ -108,7 +109,7 @@ class ImpressionPages(PageKind):
     def group(self, request: Request) -> Response:
         """Show one sample group; if its run is not open yet, show a page that loads it by `wait=why`."""
         run, number = request.path_params["run"], whole_in(request.path_params["number"], "group")
-        self.runs.check(run)
+        open_run(self.site.places, run)
         at, params = _snapshot(request), dict(request.query_params)
         context: dict[str, Any] = {"run": run, "number": number, "params": params, "expired": ""}
         context["is_there"] = self.waits(request, "why") or self.runs.is_open(run, at)

@@ -41,7 +41,6 @@ _MOST_COMPARED, _MOST_GROUPS = 6, 10
 _MOST_LOOKED_AT = 200
 """Number of runs that are searched for those that differ only in their images."""
 _WORTH = "What the images are worth"
-_TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
 _CHANGED, _NAME, _STATE = "changed", "name", "state"
 _REPORTED = {"steps": "global_step", "took": "wall_s"}
 """Columns of the list of runs to sort by, and where a report has them."""
@@ -135,7 +134,7 @@ class RunPages(PageKind):
         if not 2 <= len(names) <= _MOST_COMPARED:
             raise ExplorerError(Problem.OTHER_COUNT, _MOST_COMPARED, len(names))
         runs = [read_facts(open_run(self.site.places, name), name) for name in names]
-        return self._several(request, runs, "Runs side by side", is_worth=False)
+        return self._several(request, runs)
 
     def worth(self, request: Request) -> Response:
         """Show runs side by side that differ only in their images."""
@@ -147,18 +146,12 @@ class RunPages(PageKind):
             command = run and _again(str(self.site.places.run(run.name)), f"{run.name.replace('/', '-')}-{sees}", sees)
             return self.site.page(request, "runs/no-worth.html", title=_WORTH, command=command, sees=sees)
         others = [[run.name for run in group] for group in groups[1:][:_MOST_GROUPS]]
-        return self._several(request, groups[0], _WORTH, is_worth=True, others=others)
+        return self._several(request, groups[0], others)
 
     def _several(
-        self,
-        request: Request,
-        runs: Sequence[RunFacts],
-        title: str,
-        *,
-        is_worth: bool,
-        others: Sequence[Sequence[str]] = (),
+        self, request: Request, runs: Sequence[RunFacts], others: Sequence[Sequence[str]] | None = None
     ) -> Response:
-        """Show runs side by side; `others`: further groups of runs that differ in their images alone."""
+        """Show runs side by side; `others`: given if they differ in their images alone, further groups that do."""
         places, names, rows = self.site.places, [run.name for run in runs], differing(runs)
         task = self.site.background.task(
             repr(("differences", names, [run.checkpoint for run in runs])),
@@ -169,10 +162,10 @@ class RunPages(PageKind):
         return self.site.page(
             request,
             "runs/compare.html",
-            title=title,
+            title="Runs side by side" if others is None else _WORTH,
             runs=runs,
             names=names,
-            is_worth=is_worth,
+            is_worth=others is not None,
             others=others,
             rows=[*comparing.snapshots(runs), *(row for row in rows if row.is_figure)],
             other_rows=[row for row in rows if not row.is_figure],
@@ -225,7 +218,7 @@ class Live:
     @property
     def tests(self) -> list[str]:
         """Metrics that at least one run has."""
-        return [metric for metric in _TEST_CURVES if self.test(metric)]
+        return [metric for metric in METRICS if self.test(metric)]
 
     @property
     def drawn_tests(self) -> list[str]:
@@ -292,7 +285,6 @@ def _stores(facts: RunFacts) -> list[SettingRow]:
 
 MODEL = "/model"
 _MOST_VERSIONS = 50
-_METRICS = ("auc", "gauc", "logloss", "new_ad_auc")
 
 
 class ModelPages(PageKind):
@@ -327,7 +319,7 @@ class ModelPages(PageKind):
             versions=list_versions(storage, _MOST_VERSIONS),
             num_versions=len(known_versions(storage)),
             newest_of=_newest_of,
-            metrics=_METRICS,
+            metrics=METRICS,
             titles=TITLES,
         )
 

@@ -20,7 +20,7 @@ from explorer.data.snapshots import (
     open_snapshot,
     version_before,
 )
-from explorer.errors import ExplorerError
+from explorer.errors import ExplorerError, tried
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
 from explorer.html.site import NavItem, PageKind, Question, Site
@@ -82,10 +82,8 @@ class StorePages(PageKind):
         shown = known[paging.first : paging.first + SNAPSHOTS_PER_PAGE]
         lines, pins_problem = None, ""
         if self.waits(request, "line") or self._timeline.is_quick(store, shown, snapshot.manifest.num_files):
-            try:
-                lines = self._timeline.lines(store, shown)
-            except UserError as error:
-                lines, pins_problem = [], one_line(error)
+            lines, pins_problem = tried(lambda: self._timeline.lines(store, shown))
+            lines = lines or []
         rows, num_broken = live_rows(snapshot), None if store.storage.list(QUARANTINE) else 0
         counts_problem = ""
         if self.waits(request, "counts"):
@@ -220,6 +218,7 @@ class StorePages(PageKind):
     def _line_figure(self, lines: Sequence[Any]) -> dict[str, Any]:
         """Draw the rows in files of snapshots over time; a click leads to the snapshot. Called by templates."""
         there = [line for line in reversed(lines) if line.time_s is not None]
+        times = [datetime.datetime.fromtimestamp(line.time_s, datetime.UTC) for line in there]
         names = [", ".join((*line.channels, *line.pins)) for line in there]
         return {
             "links": True,
@@ -229,7 +228,7 @@ class StorePages(PageKind):
                     "mode": "lines+markers+text",
                     "line": {"shape": "hv"},
                     "marker": {"size": 10},
-                    "x": [_time_text(line.time_s) for line in there],
+                    "x": [f"{time:%Y-%m-%d %H:%M:%S}" for time in times],
                     "y": [line.file_rows for line in there],
                     "text": names,
                     "textposition": "top center",
@@ -268,7 +267,3 @@ def _day_text(time: datetime.datetime) -> str:
 def _field_text(time: datetime.datetime) -> str:
     """Format a time for a field of a form."""
     return f"{time.astimezone(datetime.UTC):%Y-%m-%dT%H:%M:%S}"
-
-
-def _time_text(time_s: float) -> str:
-    return f"{datetime.datetime.fromtimestamp(time_s, datetime.UTC):%Y-%m-%d %H:%M:%S}"

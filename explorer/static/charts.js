@@ -21,33 +21,16 @@
       for (const name of ["xaxis", "yaxis", "yaxis2"]) {
         if (name !== "yaxis2" || layout[name]) layout[name] = { ...axis, ...layout[name] };
       }
-      const config = { displayModeBar: false, responsive: true, scrollZoom: Boolean(figure.zoom) };
-      Plotly.react(place, figure.data, layout, config);
+      Plotly.react(place, figure.data, layout, { displayModeBar: false, responsive: true });
       if (figure.links) followPoints(place);
     }
   }
 
-  // A click on a point opens its page; the point under the pointer shows its picture, if it has one.
+  // A click on a point opens its page.
   function followPoints(place) {
-    const picture = Object.assign(document.createElement("img"), { alt: "", className: "hovered", hidden: true });
-    const linksOf = (event) => [event.points[0].customdata].flat();
-    place.append(picture);
     place.on("plotly_click", (event) => {
-      const [page] = linksOf(event);
+      const page = event.points[0].customdata;
       if (typeof page === "string") window.location.assign(page);
-    });
-    place.on("plotly_hover", (event) => {
-      const [, source] = linksOf(event);
-      if (typeof source !== "string") return;
-      const { x, y, xaxis, yaxis } = event.points[0];
-      const left = xaxis._offset + xaxis.l2p(x), top = yaxis._offset + yaxis.l2p(y);
-      picture.src = source;
-      picture.style.left = `${Math.max(0, Math.min(left + 16, place.clientWidth - 130))}px`;
-      picture.style.top = `${top < 150 ? top + 30 : top - 150}px`; // its label is as high as the point
-      picture.hidden = false;
-    });
-    place.on("plotly_unhover", () => {
-      picture.hidden = true;
     });
   }
 

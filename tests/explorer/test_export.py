@@ -91,8 +91,6 @@ def test_pages_have_what_needs_no_server(
     first = next(text for text in lists if "impressions scored by run" in text)
     assert first.count("Why ") == 12
     assert "This copy of the pages has the first 12;" in first
-    maps = _pages_of(exported_world[1], "map-")
-    assert maps and all("mapgrid" in text and "parquet" not in text for text in maps)
     (model,) = _pages_of(exported_world[1], "model-")
     assert "Version 1 is in use" in model
     (worth,) = _pages_of(exported_world[1], "worth-")

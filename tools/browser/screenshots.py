@@ -46,7 +46,6 @@ class Shot(NamedTuple):
 SHOTS = (
     Shot("store", "/store", ".plot svg"),
     Shot("image", "/images", "#spaces img", "main a[href^='/images/']", more="?run=both", height=1200),
-    Shot("map", "/map?run=both&colour=ctr", ".plot svg", height=1200),
     Shot("run", "/runs/both", ".plot svg"),
     Shot("compare", "/runs/compare?run=none&run=both", ".verdict"),
     Shot("impression", "/impressions", "h2:has-text('Why this ad')", "main a[href^='/impressions/']", height=1200),

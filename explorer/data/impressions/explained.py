@@ -6,21 +6,13 @@ Letters of shapes: C ads of the group, L behaviours, K pictures that replace the
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from explorer.data.cache import LruCache
-from explorer.data.impressions.groups import (
-    GroupColumns,
-    PictureName,
-    Row,
-    SampleGroup,
-    with_looks,
-    without_pictures,
-)
-from explorer.data.impressions.open_runs import Logits, OpenedRun
+from explorer.data.impressions.groups import GroupColumns, PictureName, SampleGroup, with_looks, without_pictures
+from explorer.data.impressions.open_runs import OpenedRun
 from explorer.data.snapshots import find_key, named
 from explorer.data.visual import feature_of_picture
 from explorer.errors import ExplorerError, NotHereError
@@ -38,11 +30,6 @@ _MOST_NAMES = 50_000
 CHANNELS = {"images": "by the ad's picture", "ids": "by the ad's IDs"}
 
 
-def probability(logit: float) -> float:
-    """Return the click probability of a logit."""
-    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
-
-
 @dataclass(frozen=True)
 class Score:
     """A score, as the model's logit and as a click probability."""
@@ -52,7 +39,7 @@ class Score:
     @property
     def probability(self) -> float:
         """The click probability of the score."""
-        return probability(self.logit)
+        return 1 / (1 + math.exp(-self.logit)) if self.logit > -700 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +160,7 @@ def explain(
         chosen=chosen,
         behaviors=behaviors,
         num_behaviors=len(group.behavior_pictures),
-        channels=_channels(opened) if weights else (),
+        channels=tuple(CHANNELS[each] for each in opened.trained.engine.model.query_sources) if weights else (),
     )
 
 
@@ -204,7 +191,8 @@ def _candidates(group: SampleGroup, ids_run: OpenedRun | None) -> list[Candidate
     logit_C, without_C = opened.logits(batch), opened.logits_without_images(batch)
     ids_C: Sequence[float | None] = [None] * len(logit_C)
     if ids_run is not None:
-        ids_C = _scores_of(ids_run, group.number).tolist()
+        same = GroupColumns(ids_run).read(group.number)  # by the columns of its own schema
+        ids_C = ids_run.logits(same.batch([same.row])).tolist()
     pictures: Sequence[PictureName | None] = group.ad_pictures or [None] * len(logit_C)
     return [
         Candidate(
@@ -224,12 +212,6 @@ def _candidates(group: SampleGroup, ids_run: OpenedRun | None) -> list[Candidate
     ]
 
 
-def _scores_of(run: OpenedRun, number: int) -> Logits:
-    """Score the same group by another run, which reads the columns of its own schema."""
-    group = GroupColumns(run).read(number)
-    return run.logits(group.batch([group.row]))
-
-
 def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], bool]:
     """Score the ad without each behaviour; return also whether the run's aggregator weighs them."""
     columns, opened = group.columns, group.columns.opened
@@ -239,7 +221,7 @@ def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], 
     if num == 0:
         return [], False
     alone = group.batch([row])
-    weights = _weights(opened.logits_and_weights(alone)[1], columns, num)
+    weights = _weights(opened.weights(alone), columns, num)
     without_L = opened.logits(group.batch([group.without_behavior(row, place) for place in range(num)]))
     picture_L: Sequence[float | None] = [None] * num
     if fields := columns.pictures_of_behaviors:
@@ -265,10 +247,6 @@ def _weights(noted: dict[str, "PairWeights"], columns: GroupColumns, num: int) -
         return None
     weights: list[list[float]] = noted[name].weight_NC[:num].tolist()
     return weights
-
-
-def _channels(opened: OpenedRun) -> tuple[str, ...]:
-    return tuple(CHANNELS[each] for each in opened.trained.engine.model.query_sources)
 
 
 def has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:
@@ -329,10 +307,22 @@ def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes)
     Raises ExplorerError if the run sees no pictures of ads, or was trained on features of another kind than those of
     the store's network; BadImageError.
     """
-    opened = group.columns.opened
-    check_sent(opened, group.columns.looks_of_ads, store)
-    feature_1K = feature_of_picture(store, picture)
-    return Score(float(with_look(group, group.of_ad(ad), feature_1K)[0]))
+    import torch
+
+    from featurestore.lookup.ondevice import as_tensor
+    from trainer.exchange.vectors import FieldVectors
+
+    opened, looks = group.columns.opened, group.columns.looks_of_ads
+    check_sent(opened, looks, store)
+    feature_1K, engine = as_tensor(feature_of_picture(store, picture)), opened.trained.engine
+    zero_1, one_1 = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    visual = {
+        field.name: FieldVectors(engine.services[field.store_name].model(feature_1K), zero_1, one_1)
+        for field in engine.fields
+        if field.name in looks
+    }
+    prepared = engine.prepare(group.batch([group.of_ad(ad)]), "eval")
+    return Score(float(engine.compute(prepared, engine.model, visual)[0]))
 
 
 def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
@@ -345,25 +335,6 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
     for name in names:
         if other_features(store.info, opened.trained.saved.state, name):
             raise ExplorerError(Problem.OTHER_FEATURES, opened.name, store.url)
-
-
-def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Logits:
-    """Predict the only ad of a row, (1,), with visual vectors computed from this stored feature."""
-    import torch
-
-    from featurestore.lookup.ondevice import as_tensor
-    from trainer.exchange.vectors import FieldVectors
-
-    trained, looks = group.columns.opened.trained, group.columns.looks_of_ads
-    engine = trained.engine
-    zero_1, one_1 = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-    visual = {
-        field.name: FieldVectors(engine.services[field.store_name].model(as_tensor(feature_1K)), zero_1, one_1)
-        for field in engine.fields
-        if field.name in looks
-    }
-    prepared = engine.prepare(group.batch([row]), "eval")
-    return engine.compute(prepared, engine.model, visual)
 
 
 def score_chosen(group: SampleGroup, ad: int, picture: PictureName, store: str | None) -> OtherPicture:

@@ -183,6 +183,11 @@ def ids_of(query: str) -> list[int]:
     return [*found, number] if -(2**63) <= number < 2**63 else found
 
 
+_INTEGERS = ("group_N", "place_N", "user_N", "ad_N", "picture_N")
+_KINDS = dict.fromkeys(_INTEGERS, np.int64) | {"label_N": np.bool_, "logit_N": np.float64, "without_N": np.float64}
+"""The columns of scored impressions."""
+
+
 @dataclass
 class _Collected:
     """Impressions that are scored so far."""
@@ -204,72 +209,49 @@ class _Collected:
         num_G = int(np.searchsorted(groups.sample_offsets, most, side="left"))
         for begin, end in _slices(groups.sample_offsets[: num_G + 1], opened.trained.config.train.eval_batch_size):
             batch = self.columns.batch(groups, slice(begin, end))
-            logit_B, without_B = opened.logits(batch), opened.logits_without_images(batch)
-            self._add_part(groups, begin, end, first + rows[begin:end], logit_B, without_B)
-        self.users |= {first + int(row): user for row, user in zip(rows, self._users(table), strict=True)}
+            part = self._columns(groups, begin, end, first + rows[begin:end])
+            part |= {"logit_N": opened.logits(batch), "without_N": opened.logits_without_images(batch)}
+            self.parts.append(part)
+            self.num += len(part["logit_N"])
+        name = opened.schema.group
+        columns = [table.column(each).to_pylist() for each in (self.columns.rules[name].crossed or (name,))]
+        users = zip(*columns, strict=True)
+        self.users |= {first + int(row): user for row, user in zip(rows, users, strict=True)}
 
     def done(self) -> ScoredImpressions:
         """Concatenate all parts, and name the users."""
-        texts = self.columns.opened.texts(itertools.chain.from_iterable(self.users.values()))
-        names = iter(texts)
+        names = iter(self.columns.opened.texts(itertools.chain.from_iterable(self.users.values())))
         users = {group: " × ".join(next(names) for _ in values) for group, values in self.users.items()}
-        together = (
-            {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
-            if (self.parts)
-            else _nothing()
-        )
-        has_pictures = self.columns.ad_image is not None
+        together = {
+            name: np.concatenate([part[name] for part in self.parts]) if self.parts else np.empty(0, kind)
+            for name, kind in _KINDS.items()
+        }
         picture_N = together.pop("picture_N")
         return ScoredImpressions(
             **together,
-            picture_N=picture_N if has_pictures else None,
+            picture_N=picture_N if self.columns.ad_image is not None else None,
             users=users,
             total=self.columns.opened.index.num_samples,
         )
 
-    def _add_part(
-        self,
-        groups: "DecodedGroups",
-        begin: int,
-        end: int,
-        number_G: NDArray[np.int64],
-        logit_B: Logits,
-        without_B: Logits,
-    ) -> None:
+    def _columns(
+        self, groups: "DecodedGroups", begin: int, end: int, number_G: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Read what the list shows of the impressions of some groups, which have these numbers."""
         schema = self.columns.opened.schema
         offsets = groups.sample_offsets[begin : end + 1]
         counts_G, samples = np.diff(offsets), slice(int(offsets[0]), int(offsets[-1]))
         starts_G = offsets[:-1] - offsets[0]
         image = self.columns.ad_image
         column = groups.columns[image.column_name] if image else None
-        self.parts.append(
-            {
-                "group_N": np.repeat(number_G, counts_G),
-                "place_N": np.arange(counts_G.sum()) - np.repeat(starts_G, counts_G),
-                "user_N": np.repeat(groups.columns[schema.group].values[begin:end], counts_G),
-                "ad_N": _firsts(groups.columns[schema.new_ad_column])[samples],
-                "picture_N": _firsts(column)[samples] if column else np.zeros(counts_G.sum(), np.int64),
-                "label_N": groups.columns[schema.label].values[samples] == 1,
-                "logit_N": logit_B,
-                "without_N": without_B,
-            }
-        )
-        self.num += int(counts_G.sum())
-
-    def _users(self, table: pa.Table) -> list[tuple[Any, ...]]:
-        name = self.columns.opened.schema.group
-        parts = [table.column(each).to_pylist() for each in (self.columns.rules[name].crossed or (name,))]
-        return list(zip(*parts, strict=True))
-
-
-def _nothing() -> dict[str, NDArray[Any]]:
-    ints = ("group_N", "place_N", "user_N", "ad_N", "picture_N")
-    return {
-        **{name: np.empty(0, np.int64) for name in ints},
-        "label_N": np.empty(0, np.bool_),
-        "logit_N": np.empty(0),
-        "without_N": np.empty(0),
-    }
+        return {
+            "group_N": np.repeat(number_G, counts_G),
+            "place_N": np.arange(counts_G.sum()) - np.repeat(starts_G, counts_G),
+            "user_N": np.repeat(groups.columns[schema.group].values[begin:end], counts_G),
+            "ad_N": _firsts(groups.columns[schema.new_ad_column])[samples],
+            "picture_N": _firsts(column)[samples] if column else np.zeros(counts_G.sum(), np.int64),
+            "label_N": groups.columns[schema.label].values[samples] == 1,
+        }
 
 
 def _slices(offsets: Int64Array, most: int) -> list[tuple[int, int]]:

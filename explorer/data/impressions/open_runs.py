@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.data.cache import LruCache
-from explorer.data.runs.folders import RunSummary, trained_runs
-from explorer.errors import ExplorerError, NotHereError
+from explorer.data.runs.folders import RunSummary, open_run, trained_runs
+from explorer.errors import ExplorerError
 from explorer.places import Places
 from explorer.problems import Problem
 from featurestore.published.paths import RunPath
@@ -24,7 +24,6 @@ from trainer.config import load_saved
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
-    from trainer.models.ctr import CtrModel
     from trainer.models.pooling import PairWeights
     from trainer.runs.saved import TrainedRun
     from trainer.samples.index import SampleIndex
@@ -99,41 +98,35 @@ class OpenedRun:
             for partition in partitions:
                 partition.hide(False)
 
-    def logits_and_weights(self, batch: "Batch") -> tuple[Logits, dict[str, "PairWeights"]]:
-        """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field."""
-        with noted_weights(self.trained.engine.model) as weights:
-            logits_B = self.logits(batch)
-        return logits_B, weights
+    def weights(self, batch: "Batch") -> dict[str, "PairWeights"]:
+        """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field.
+
+        Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
+        aggregators.
+        """
+        import torch
+
+        found: dict[str, PairWeights] = {}
+
+        def note(name: str, aggregator: Any, arguments: tuple[Any, ...]) -> None:
+            with torch.no_grad():
+                weights = aggregator.weights(*arguments)
+            if weights is not None:
+                found[name] = weights
+
+        aggregators = self.trained.engine.model.aggregators.items()
+        hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in aggregators]
+        try:
+            self.logits(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     def close(self) -> None:
         """Release the stores' rows and the tables, also where a page that was shown still refers to this run."""
         self.trained.close()
         del self.trained.engine
-
-
-@contextlib.contextmanager
-def noted_weights(model: "CtrModel") -> Iterator[dict[str, "PairWeights"]]:
-    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
-
-    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
-    aggregators.
-    """
-    import torch
-
-    found: dict[str, PairWeights] = {}
-
-    def note(name: str, aggregator: Any, arguments: tuple[Any, ...]) -> None:
-        with torch.no_grad():
-            weights = aggregator.weights(*arguments)
-        if weights is not None:
-            found[name] = weights
-
-    hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in model.aggregators.items()]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class TrainedRuns:
@@ -147,11 +140,6 @@ class TrainedRuns:
     def names(self) -> list[RunSummary]:
         """List the runs with a checkpoint, without days of trainer.daily, those first that see most images."""
         return [run for run in trained_runs(self._places) if "/" not in run.name]
-
-    def check(self, name: str) -> None:
-        """Raise NotHereError if there is no such run; a small read."""
-        if not (self._places.run(name) / "config.yaml").is_file():
-            raise NotHereError(Problem.NO_RUN, name[:60])
 
     def is_open(self, name: str, at: At = "trained") -> bool:
         """Return whether the run is open already."""
@@ -169,9 +157,8 @@ class TrainedRuns:
         A run with a newer checkpoint is opened again. Raises NotHereError if it is not a run, TrainerError,
         FeatureStoreError.
         """
-        folder = self._places.run(name)
+        folder = open_run(self._places, name)
         with self._lock:
-            self.check(name)
             digest = _digest_of(folder, name)
             known = self._opened.peek((name, at))
             if known is not None and known.digest != digest:

@@ -1,7 +1,5 @@
 """Settings, evaluations and predictions of several runs, compared."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from explorer.data.background import Task
-from explorer.data.cache import LruCache
+from explorer.data.cache import LruCache, digest_of
 from explorer.data.runs.folders import ORDER, RunFacts
 from explorer.errors import ExplorerError
 from explorer.places import Places
@@ -22,10 +20,9 @@ from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
 from featurestore.text import one_line
 from trainer.config import settings_that_decide
-from trainer.evaluation.bootstrap import Evaluation
+from trainer.evaluation.bootstrap import Difference, Evaluation
 
 if TYPE_CHECKING:
-    from trainer.evaluation import bootstrap as compared
     from trainer.evaluation.predict import Predictions
     from trainer.runs.saved import SavedRun
 
@@ -96,14 +93,13 @@ def snapshots(runs: Sequence[RunFacts]) -> list[SettingRow]:
         rows.append(SettingRow("digest of the samples", shortened, True))
     for name in dict.fromkeys(name for found in stores for name in found):
         records = [found.get(name) for found in stores]
-        values = [_snapshot(record) if isinstance(record, dict) else "–" for record in records]
+        values = [
+            f"{each.get('version')} (commit {str(each.get('commit_id'))[:8]})" if isinstance(each, dict) else "–"
+            for each in records
+        ]
         if len({value for value in values if value != "–"}) > 1:
             rows.append(SettingRow(f"snapshot of store {name}", tuple(values), True))
     return rows
-
-
-def _snapshot(record: Mapping[str, Any]) -> str:
-    return f"{record.get('version')} (commit {str(record.get('commit_id'))[:8]})"
 
 
 def text_of(value: Any) -> str:
@@ -261,8 +257,7 @@ def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
     root = Path(index.storage.url)
     files = sorted({each.file for each in index.row_groups}) if root.is_dir() else []
     times = [(root / file).stat().st_mtime_ns for file in files]
-    values = [saved.digest, index.storage.url, index.layout_digest, times, commits]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]
+    return digest_of([saved.digest, index.storage.url, index.layout_digest, times, commits])
 
 
 COMPARED = ("gauc", "auc", "logloss")
@@ -282,17 +277,11 @@ _MOST_RESAMPLED = 300_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunDifference:
+class RunDifference(Difference):
     """Difference of a metric between a run and the reference run; None if it is not defined."""
 
     run: str
     against: str
-    metric: str
-    ours: float | None
-    baseline: float | None
-    value: float | None
-    low: float | None
-    high: float | None
 
     @property
     def is_clear(self) -> bool:
@@ -335,10 +324,6 @@ class RunsCompared:
     differences: tuple[RunDifference, ...]
     notes: tuple[str, ...]
     problems: Mapping[str, str]
-
-    def of(self, run: str) -> tuple[RunDifference, ...]:
-        """List the differences of a run."""
-        return tuple(each for each in self.differences if each.run == run)
 
     def in_metric(self, metric: str) -> tuple[RunDifference, ...]:
         """List the differences in a metric."""
@@ -387,16 +372,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
             continue
         notes += [f"{quoted(name)}: {each}" for each in ours.notes]
         found += [
-            RunDifference(
-                run=name,
-                against=names[0],
-                metric=metric,
-                ours=each.ours,
-                baseline=each.baseline,
-                value=each.value,
-                low=each.low,
-                high=each.high,
-            )
+            RunDifference(**{**vars(each), "metric": metric, "run": name, "against": names[0]})
             for metric, each in differences.items()
         ]
     return RunsCompared(
@@ -410,7 +386,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
     )
 
 
-def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
+def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> Mapping[str, Difference]:
     """Compare two runs in all metrics of a page; new ads use the same resamples of users."""
     from trainer.evaluation.bootstrap import compare, new_to_both
 

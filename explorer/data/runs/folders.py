@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from explorer.data.cache import LruCache
 from explorer.errors import NotHereError
@@ -20,10 +20,7 @@ from featurestore.published.versions import VERSIONS
 from featurestore.spec import flat
 from featurestore.text import one_line
 from trainer.evaluation.bootstrap import shown
-from trainer.runs.folder import DAYS_FILE, checkpoints_of
-
-if TYPE_CHECKING:
-    from trainer.runs.folder import Checkpoint
+from trainer.runs.folder import DAYS_FILE, Checkpoint, checkpoints_of, finished, report_of
 
 State = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -127,8 +124,6 @@ def trained_runs(places: Places) -> list[RunSummary]:
 
     The days of one trainer.daily stay in the order of their last change.
     """
-    from trainer.runs.folder import finished
-
     found = []
     for name in run_names(places) if places.runs is not None else []:
         folder = places.run(name)
@@ -184,7 +179,7 @@ def read_facts(folder: RunPath, name: str | None = None) -> RunFacts:
         state = "unreadable"
     elif changed_s is not None and time.time() - changed_s < _QUIET_S:
         state = "running"
-    checkpoints = _read(lambda: _checkpoints(folder), [], problems)
+    checkpoints = _read(lambda: finished(folder), [], problems)
     return RunFacts(
         name=name or folder.name,
         state=state,
@@ -208,8 +203,6 @@ def _read(read: Any, otherwise: Any, problems: list[str]) -> Any:
 
 
 def _report(folder: RunPath) -> Mapping[str, Any]:
-    from trainer.runs.folder import report_of
-
     report = report_of(folder) or {}
     if not isinstance(report, dict):
         raise ValueError(Problem.NOT_REPORT.of(folder / "report.json"))
@@ -223,13 +216,7 @@ def _number_or_none(value: object) -> float | int | None:
     return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
-def _checkpoints(folder: RunPath) -> "list[Checkpoint]":
-    from trainer.runs.folder import finished
-
-    return finished(folder)
-
-
-def _samples_digest(checkpoint: "Checkpoint") -> str:
+def _samples_digest(checkpoint: Checkpoint) -> str:
     """Read which samples a checkpoint was trained on; empty where it does not say."""
     try:
         state = parse_json(checkpoint.read_bytes("state.json"))

@@ -29,28 +29,6 @@ def test_a_search_finds_by_a_part_of_a_uri_by_uri_and_by_key(explorer, tab):
         page.wait_for_url(f"**/images/{key_of_uri(COPY)}*")
 
 
-def test_a_point_of_the_map_shows_its_picture_and_the_legend_hides_groups(explorer, tab):
-    page = tab(f"{explorer.url}/map?run=both&q=shoe-05", width=1280)
-    page.locator("#map .main-svg").first.wait_for(timeout=120_000)
-    settle(page)
-    shown = "[...document.getElementById('map').querySelectorAll('.points path')].length"
-    before = page.evaluate(shown)
-    ring = page.locator("#map .scatterlayer .trace").last.locator(".points path")
-    ring.hover(force=True)
-    page.locator("#map img.hovered").wait_for(state="visible")
-    assert page.locator("#map img.hovered").evaluate("each => each.complete && each.naturalWidth > 0")
-    both = page.locator("#map img.hovered"), page.locator("#map .hoverlayer .hovertext").first
-    picture, label = (each.bounding_box() for each in both)
-    top, bottom, label_top, label_bottom = (box["y"] + part for box in (picture, label) for part in (0, box["height"]))
-    assert bottom <= label_top or label_bottom <= top  # the picture does not cover the name
-    page.locator("#map .legendtoggle").first.click()
-    while page.evaluate(shown) >= before:  # the test's own limit ends it; the page lets nothing evaluate in it
-        page.wait_for_timeout(50)
-    ring.click(force=True)
-    page.wait_for_url("**/images/*")
-    assert "shoe-05" in page.locator("h1").inner_text()
-
-
 def test_a_picture_that_is_sent_is_shown_beside_those_like_it(explorer, world, tab):
     page = tab(f"{explorer.url}/images", width=NARROW, dark=True)
     page.get_by_label("Or a picture of yours").set_input_files(world.images / PLAIN[5])

@@ -162,10 +162,10 @@ def test_the_sizes_of_the_values_are_bounded_but_the_newest_stays():
     assert ([cache.peek(name) for name in "de"], cache.size) == ([None, bytes(3)], 3)
 
 
-@pytest.fixture(params=[".arrow", ".parquet"])
-def tables(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableCache:
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableCache:
     monkeypatch.setattr(module, "explorer_cache", lambda: tmp_path)
-    return TableCache("kind-", request.param, most=2)
+    return TableCache("kind-", most=2)
 
 
 def parts(*values: int) -> Iterator[pa.Table]:
@@ -183,7 +183,7 @@ def test_a_table_is_made_once_and_again_where_its_file_is_damaged(tables: TableC
     assert values_of(tables.get("a", lambda: parts(1, 2))) == [1, 2]
     assert values_of(tables.get("a", lambda: parts(3))) == [1, 2]
     tables.path("a").unlink()  # what is mapped stays
-    tables.path("a").write_bytes(b"ARROW1PAR1")
+    tables.path("a").write_bytes(b"ARROW1")
     assert values_of(tables.get("a", lambda: parts(3))) == [3]
 
 
@@ -203,6 +203,6 @@ def test_tables_unused_for_longest_go(tables: TableCache) -> None:
         os.utime(tables.path(digest), (used_s, used_s))
         if digest == "b":
             os.utime(tables.path("a"), (9, 9))
-    (tables.path("a").parent / f"another-{tables.suffix}").touch()
+    (tables.path("a").parent / "another-.arrow").touch()
     assert [tables.path(digest).exists() for digest in "abc"] == [True, False, True]
-    assert (tables.path("a").parent / f"another-{tables.suffix}").exists()
+    assert (tables.path("a").parent / "another-.arrow").exists()

@@ -14,7 +14,6 @@ from explorer.data import catalogue, neighbours, snapshots
 from explorer.data.ads import AdFigures, nothing_known
 from explorer.data.background import Task
 from explorer.data.catalogue import SORTS, Catalogue, ImageQuery, make_catalogue
-from explorer.data.map import folder_of
 from explorer.data.neighbours import Neighbour, Neighbours, Space, cosines, nearest_features, nearest_vectors
 from explorer.data.snapshots import KINDS, Changes, Timeline, find_key, live_rows, named, newest_at, open_snapshot
 from explorer.errors import NotHereError
@@ -169,7 +168,7 @@ def test_neighbours_are_those_of_all_rows_at_once(tmp_path, kind, most):
         store = FeatureStore.open(tmp_path / "compact")
     snapshot, key = store.snapshot(), key_of_uri("a/5.jpg")
     query_D = store.codec.decode(snapshot.get([key]))[0]
-    found = nearest_features(snapshot, query_D, most, key)
+    found = nearest_features(snapshot, query_D, most + 1).without(key, most)
     expected = plainly(snapshot, query_D.astype(np.float64), most, key)
     assert [image.uri for image in found.images] == [uri for uri, _ in expected]
     np.testing.assert_allclose([image.nearness for image in found.images], [near for _, near in expected], rtol=1e-4)
@@ -215,16 +214,14 @@ def test_vectors_in_blocks_give_the_same_as_in_one(store):
 
 def space(name, keys):
     images = tuple(Neighbour(key, f"{key}", 1.0) for key in keys)
-    return Space(name=name, title=name, found=Neighbours(images=images, num_searched=9, num_rows=9, seconds=0))
+    return Space(name=name, found=Neighbours(images=images, num_searched=9, num_rows=9, seconds=0))
 
 
 def test_what_one_space_alone_has_is_marked():
     spaces = [space("features", [1, 2, 3]), space("visual", [2, 4])]
-    assert neighbours.only_in(spaces) == {"features": {1, 3}, "visual": {4}}
-    assert neighbours.shared(spaces) == (1, 2)
-    alone = [spaces[0], Space(name="visual", title="visual", problem="none")]
-    assert neighbours.only_in(alone) == {"features": set(), "visual": set()}
-    assert neighbours.shared(alone) is None
+    assert neighbours.overlap(spaces) == (1, 2, {"features": {1, 3}, "visual": {4}})
+    alone = [spaces[0], Space(name="visual", problem="none")]
+    assert neighbours.overlap(alone) is None
 
 
 PART = ["a/", "1", ".JPG", "B/3", "nothing", "a/1%", "*", "\\", "[", " "]
@@ -339,8 +336,14 @@ def test_an_empty_store_and_names_of_all_kinds(tmp_path: Path) -> None:
     empty = make_store(tmp_path / "empty")
     found = make_catalogue(empty, empty.snapshot(), figures(), Task())
     assert len(found) == found.num_new == 0 and uris(found, text="x", sort="ctr") == []
-    names = ["s3://bag/x.jpg", "c.jpg", "a/b/c.jpg", "line\nbreak/x.png", "/abs/y.jpg"]
+    names = {
+        "s3://bag/x.jpg": "bag",
+        "c.jpg": "",
+        "a/b/c.jpg": "a",
+        "line\nbreak/x.png": "line\nbreak",
+        "/abs/y.jpg": "",
+    }
     made = make_store(tmp_path / "names")
-    made.put(rows(names, 1))
+    made.put(rows(list(names), 1))
     found = make_catalogue(made, made.snapshot(), figures(), Task())
-    assert found.names["folder"].to_pylist() == [folder_of(uri) for uri in sorted(names)]
+    assert found.names["folder"].to_pylist() == [names[uri] for uri in sorted(names)]

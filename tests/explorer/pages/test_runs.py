@@ -219,7 +219,7 @@ def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: P
     text = page(client, "/model")
     for shown in ("Version 1 is in use", "step-00000012", '<b class="good">in use</b> since'):
         assert shown in text
-    assert re.search(r"<td>AUC 0\.\d{4}; GAUC 0\.\d{4}; log loss \d\.\d{4}</td>", text)
+    assert re.search(r"<td>GAUC 0\.\d{4}; AUC 0\.\d{4}; log loss \d\.\d{4}</td>", text)
     assert "gauc_impressions" not in text
     assert "Model</a>" in page(client, "/")
     shutil.rmtree(model)

@@ -112,7 +112,7 @@ def places(world: World) -> Places:
 
 def difference(value: float | None, low: float | None, high: float | None, metric: str = "gauc") -> RunDifference:
     of = {"run": "new", "against": "old", "metric": metric}
-    return RunDifference(**of, ours=0.7, baseline=0.6, value=value, low=low, high=high)
+    return RunDifference(**of, ours=0.7, baseline=0.6, value=value, low=low, high=high, p_value=None)
 
 
 def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
@@ -123,8 +123,9 @@ def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
     assert [(each.run, each.metric) for each in found.verdicts] == [("both", "gauc"), ("both-longer", "gauc")]
     for run in ("both", "both-longer"):
         expected = compare(predict_run(world.runs / run), baseline, metrics=comparing.COMPARED)
-        assert [each.metric for each in found.of(run)] == [*comparing.COMPARED]
-        for each in found.of(run):
+        differences = [each for each in found.differences if each.run == run]
+        assert [each.metric for each in differences] == [*comparing.COMPARED]
+        for each in differences:
             for name in ("value", "low", "high"):
                 wanted = getattr(expected[each.metric], name)
                 assert getattr(each, name) == alike(each.metric, wanted, within=1e-6)
