@@ -1,7 +1,6 @@
 """python -m explorer: pages of a store, images, runs, impressions and a model, served or written into a folder."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,7 +11,6 @@ from explorer.problems import Problem
 from featurestore.console.commandline import CommandApp, CommandGroup, run_app, takes
 from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
-from featurestore.published.paths import run_path
 
 NEEDED = ("httpx2", "plotly", "python_multipart")
 """Packages that only the explorer needs."""
@@ -71,8 +69,6 @@ def export(settings: ExportSettings) -> None:
     """Write the same pages into a folder, following all links from the first page. Leaves out forms and live parts."""
     check_installed()
     out, most_files = settings.out, settings.most_files
-    if not isinstance(place := run_path(out), Path):
-        raise typer.BadParameter(Problem.IS_ADDRESS.of(place), param_hint="OUT")
     from explorer.export import export as write
     from explorer.html.site import size
 

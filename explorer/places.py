@@ -8,6 +8,7 @@ import typer
 
 from explorer.errors import ExplorerError
 from explorer.problems import Problem
+from featurestore.console.commandline import on_this_machine
 from featurestore.errors import UserError
 from featurestore.published.paths import RunPath, run_path
 from serving.settings import AccessSettings
@@ -108,7 +109,9 @@ class ExplorerSettings(AccessSettings, Places):
 class ExportSettings(Places):
     """The options of `crossmedia explore export`."""
 
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.")]
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.", callback=on_this_machine)
+    ]
     most_files: Annotated[
         int, typer.Option(min=10, help="Most pages and pictures; further links lead to a page that says so.")
     ] = 2000

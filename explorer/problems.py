@@ -14,7 +14,6 @@ class Problem(Sentences):
     EMPTY_STORE = "the store is empty: there is nothing to compare the picture with"
     ENDING = "the server is ending"
     FOREIGN_FORM = "a form of another site"
-    IS_ADDRESS = "{value} is an address: give a folder of this machine"
     LARGE_CONFIG = "config.yaml has {value:,} bytes; a run writes at most {most:,}"
     LARGE_PICTURE = "the picture has more than {most} MB; send a smaller one"
     NEEDS_RUNS = "impressions and CTR are counted in the test samples of a run: name runs by --runs"

@@ -228,7 +228,7 @@ def say_error(error: Exception | str) -> None:
 def on_this_machine(folder: Path) -> Path:
     """Check an option that names a folder to write on this machine. Raises typer.BadParameter for an address."""
     if _ADDRESS.match(str(folder)):
-        raise typer.BadParameter(Problem.IS_AN_ADDRESS.of(folder))
+        raise typer.BadParameter(Problem.IS_AN_ADDRESS.of(str(folder).replace(":/", "://", 1)))
     return folder
 
 

@@ -293,7 +293,7 @@ SERVING: list[tuple[str, int, Told]] = [
     (
         "jobs/publish_vectors --model {model} --store other={store}",
         2,
-        (PipelineProblem.NO_SUCH_STORE, {"where": "--store other"}),
+        (PipelineProblem.NO_SUCH_STORE, {"where": "other={store}"}),
     ),
     ("jobs/export_model --run {run} --out {new} --json foo://x", 2, "cannot write --json"),
 ]
@@ -308,7 +308,7 @@ EXPLORER = [
     (f"explorer serve --images {{emptydir}} {TLS}", 2, (ServingProblem.UNUSABLE_PEM, {"where": TLS})),
     ("explorer serve --images foo://x", 2, (Problem.CANNOT_OPEN, {"where": "foo"})),
     ("explorer serve --samples /proc/x", 2, (ExplorerProblem.NO_FOLDER, {"where": "--samples", "value": "/proc/x"})),
-    ("explorer export s3://bucket/x --images {emptydir}", 2, (ExplorerProblem.IS_ADDRESS, {"value": "s3://bucket/x"})),
+    ("explorer export s3://bucket/x --images {emptydir}", 2, (Problem.IS_AN_ADDRESS, {"where": "s3://bucket/x"})),
     ("explorer export {script} --images {emptydir}", 2, (ExplorerProblem.NOT_EXPORT, {"where": "{script}"})),
 ]
 

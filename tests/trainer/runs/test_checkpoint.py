@@ -111,7 +111,7 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
             checkpoint.read_state(path)
         assert f"{path}/state.json" in str(caught.value)
     file.write_bytes(state_bytes(state.model_copy(update={"format_version": 99}), {}))
-    with raises(CheckpointError, StoreProblem.FORMAT_TOO_NEW, where=path.path("state.json"), value=99):
+    with raises(CheckpointError, StoreProblem.FORMAT_TOO_NEW, where=f"{path}/state.json", value=99):
         checkpoint.read_state(path)
 
 
