@@ -34,8 +34,8 @@ from trainer.launch import free_port
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
-HELD_MS = 60.0
-"""By far more than a round takes (5 to 20 ms), for slow machines; before the budget these took seconds."""
+HELD_MS = 100.0
+"""By far more than a round takes (5 to 20 ms, 60 on a slow machine); before the budget these took seconds."""
 HEALTH_MS = 100.0
 """What docs/SECURITY.md promises."""
 GROWTH_MB = 150.0
