@@ -14,9 +14,10 @@ BREAKS_ARGS ?=
 TEST_WORKERS ?= 4
 # All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
-# What needs several hosts, many ranks or ranks that others replace; to look through all other files would take each worker
+# What needs several hosts, many ranks, or kills hosts, ranks and workers; to look through all other files would take each worker
 # half a minute.
-CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/trainer/test_main.py tests/trainer/supervise tests/trainer/runs/resumed
+CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/pipeline/features tests/trainer/daily tests/trainer/test_main.py \
+	tests/trainer/supervise tests/trainer/runs/resumed
 BROWSER_TESTS := tests/explorer/browser
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
@@ -94,7 +95,7 @@ test-versions: ## Run `make test` on the newest Python and torch, then on the ol
 # slow as well: TEST_ARGS="-m 'cluster and not slow'" leaves it out.
 # A test waits for daemons most of the time, so two run side by side.
 test-cluster: TEST_WORKERS := 2
-test-cluster: $(FOR_TESTS) ## Run what needs root, network namespaces, sshd, Slurm, many ranks or their kills; it says what it could not run, and why
+test-cluster: $(FOR_TESTS) ## Run what needs root, network namespaces, sshd, Slurm or many ranks, or kills hosts, ranks and workers; it says what it could not run, and why
 	tools/cluster_packages.sh $(CLUSTER_DIR) || true
 	$(ON_PATH) CLUSTER_PACKAGES=$(abspath $(CLUSTER_DIR)) $(IN_PARALLEL) -m cluster $(CLUSTER_TESTS) $(TEST_ARGS)
 

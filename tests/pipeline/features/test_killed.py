@@ -38,7 +38,7 @@ def slow(*args, decode=parts.prepare):
 parts.prepare = slow
 """
 
-pytestmark = pytest.mark.long(18)
+pytestmark = [pytest.mark.long(18), pytest.mark.cluster]
 soon = partial(wait_until, said=lambda: "nothing happened", timeout_s=120)
 PARTS = {"batch_size": 2, "part_size": 2}
 

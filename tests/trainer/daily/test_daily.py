@@ -309,6 +309,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks) -> t
     return places, json.loads(out.read_text())
 
 
+@pytest.mark.cluster
 class TestTwoRanks:
     def test_a_stop_changes_nothing_and_days_are_evaluated_and_settings_refused_on_both(
         self, job: tuple[Places, dict[str, Any]]

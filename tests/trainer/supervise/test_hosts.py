@@ -18,7 +18,7 @@ import pytest
 
 from trainer.launch import AGENT, Link, News
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.cluster]
 
 LONG = "import time; print('here', flush=True); time.sleep(1000)"
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {LONG}"

@@ -81,6 +81,7 @@ sys.exit("error: not there: rank 1")
 """In the place of the trainer: ends by SIGTERM as that does and, on rank 0, as one whose other rank is late."""
 
 
+@pytest.mark.cluster
 @pytest.mark.long(15)
 def test_a_rank_hangs_a_host_is_lost_and_a_signal_ends_all(tmp_path: Path) -> None:
     """What real ranks do then: the tests below."""
