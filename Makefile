@@ -16,8 +16,7 @@ TEST_WORKERS ?= 4
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # What needs several hosts, many ranks, or kills hosts, ranks and workers; to look through all other files would take each worker
 # half a minute.
-CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/pipeline/features tests/trainer/daily tests/trainer/test_main.py \
-	tests/trainer/supervise tests/trainer/runs/resumed
+CLUSTER_TESTS := tests/cluster tests/deploy tests/security tests/pipeline/features tests/trainer/daily tests/trainer/test_main.py tests/trainer/supervise tests/trainer/runs/resumed
 BROWSER_TESTS := tests/explorer/browser
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
