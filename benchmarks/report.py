@@ -32,10 +32,8 @@ class Section:
 
     def flat(self) -> dict[str, Figure]:
         """Return all figures by their names in the JSON."""
-        cells = {
-            f"{self.prefix}{row}_{column}": value for row, cells in self.grid.items() for column, value in cells.items()
-        }
-        return {**self.figures, **cells}
+        grid = {f"{self.prefix}{row}_{name}": value for row, line in self.grid.items() for name, value in line.items()}
+        return {**self.figures, **grid}
 
     def tables(self) -> list[Table]:
         """Return the tables of the figures."""
@@ -84,5 +82,4 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
         for table in section.tables():
             print_table(console, table)
     if path is not None:
-        figures = {name: value for section in sections for name, value in section.flat().items()}
-        write_json(path, figures)
+        write_json(path, {name: value for section in sections for name, value in section.flat().items()})

@@ -12,7 +12,7 @@ from featurestore.console.commandline import CommandApp, CommandGroup, run_app, 
 from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
 
-NEEDED = ("httpx2", "plotly", "python_multipart")
+NEEDED = ("cachetools", "httpx2", "plotly", "python_multipart")
 """Packages that only the explorer needs."""
 
 

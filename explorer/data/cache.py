@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,12 +13,26 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+from cachetools import LRUCache
 
 from featurestore.console.files import replaced_file
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.storage.local import claim
 
 ValueT = TypeVar("ValueT")
+
+
+class _Closing(LRUCache[Hashable, ValueT]):
+    """Closes each value that it drops."""
+
+    def __init__(self, most: int, size: Callable[[ValueT], int], close: Callable[[ValueT], object]) -> None:
+        super().__init__(most, size)
+        self._close = close
+
+    def __delitem__(self, name: Hashable) -> None:
+        value = self[name]
+        super().__delitem__(name)
+        self._close(value)
 
 
 class LruCache(Generic[ValueT]):
@@ -35,17 +48,13 @@ class LruCache(Generic[ValueT]):
 
         The value that was put last stays, whatever its size.
         """
-        self._most, self._size, self._close, self._lock = most, size, close, Lock()
-        self._values: OrderedDict[Hashable, ValueT] = OrderedDict()
+        self._values = _Closing(most, lambda value: min(size(value), most), close)
+        self._lock = Lock()
         self._gates: dict[Hashable, Lock] = {}
-        self.size = 0
-        """The sum of the sizes of the cached values."""
 
     def peek(self, name: Hashable) -> ValueT | None:
         """Return the value if it is cached, without waiting."""
         with self._lock:
-            if name in self._values:
-                self._values.move_to_end(name)
             return self._values.get(name)
 
     def get(self, name: Hashable, make: Callable[[], ValueT]) -> ValueT:
@@ -66,30 +75,20 @@ class LruCache(Generic[ValueT]):
 
     def put(self, name: Hashable, value: ValueT) -> None:
         """Cache a value."""
-        self.discard(name)
-        dropped = []
         with self._lock:
+            self._values.pop(name, None)
             self._values[name] = value
-            self.size += self._size(value)
-            while self.size > self._most and len(self._values) > 1:
-                dropped.append(self._values.popitem(last=False)[1])
-                self.size -= self._size(dropped[-1])
-        for each in dropped:
-            self._close(each)
 
     def discard(self, name: Hashable) -> None:
         """Drop a value, if it is cached."""
         with self._lock:
-            dropped = self._values.pop(name, None)
-            if dropped is None:
-                return
-            self.size -= self._size(dropped)
-        self._close(dropped)
+            self._values.pop(name, None)
 
     def clear(self) -> None:
         """Drop all values."""
-        for name in list(self._values):
-            self.discard(name)
+        with self._lock:
+            while self._values:
+                self._values.popitem()
 
 
 _ABOUT = b"explorer"

@@ -50,7 +50,6 @@ def test_runs(world: World, s3_url: str, tmp_path: Path) -> None:
     assert run_names(far) == names
     for run, mine in zip(read_runs(far, names), read_runs(near, names), strict=True):
         assert (run.state, run.settings, run.report) == (mine.state, mine.settings, mine.report)
-        assert run.has_evaluation
         assert read_evaluation(far.run(run.name)) == read_evaluation(near.run(run.name))
     with raises(NotHereError, Problem.NO_RUN, where="nothing"):
         open_run(far, "nothing")

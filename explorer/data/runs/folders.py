@@ -63,7 +63,6 @@ class RunFacts:
     """Time of the last write, in seconds since 1970; None if unknown."""
     checkpoints: tuple[str, ...] = field(default=())
     """Names of the complete checkpoints, oldest first."""
-    has_evaluation: bool = False
     checkpoint: str = ""
     """Identity of the newest checkpoint, also across runs of the same name; empty if there is none."""
     samples_digest: str = ""
@@ -188,7 +187,6 @@ def read_facts(folder: RunPath, name: str | None = None) -> RunFacts:
         problems=tuple(problems),
         changed_s=changed_s,
         checkpoints=tuple(each.name for each in checkpoints),
-        has_evaluation=_read((folder / "evaluation" / "report.json").is_file, False, problems),
         checkpoint=checkpoints[-1].identity if checkpoints else "",
         samples_digest=_samples_digest(checkpoints[-1]) if checkpoints else "",
     )

@@ -107,7 +107,7 @@ def test_memory_has_a_limit_and_what_was_used_last_stays(folder, monkeypatch):
         draw(folder, f"{number}.jpg", number)
         given.append(pictures.get(f"{number}.jpg", 96).jpeg)
         assert pictures.get("0.jpg", 96).jpeg is given[0]
-    assert pictures._kept.size <= 20_000 < sum(map(len, given))
+    assert pictures._kept._values.currsize <= 20_000 < sum(map(len, given))
     assert pictures.get("1.jpg", 96).jpeg is not given[1]
 
 
