@@ -76,7 +76,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     RETRIEVAL: {
         "index": Entry(
-            "Make an index of ads, measure it, and search it.",
+            "Make an index of ads, and search it.",
             ("trainer.prerank.__main__",),
             is_group=True,
             help="Make an index of ads of a run with two towers, measure it, and search it.",

@@ -15,11 +15,12 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
+from benchmarks.problems import Problem
 from benchmarks.quality.data import NETS, SMALL_USERS, USERS, DataSet, parse, simulated
 from benchmarks.report import JsonPath, write_sections
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
-from trainer.problems import Problem
+from trainer.problems import Problem as TrainerProblem
 
 EXAMPLES = """Examples:
   python -m benchmarks.quality --small --json data/bench/quality.json
@@ -67,7 +68,7 @@ def settings_of(texts: list[str]) -> dict[str, str]:
     """Read the settings by name."""
     found = dict(text.partition("=")[::2] for text in texts)
     if wrong := [text for text in texts if "=" not in text]:
-        raise typer.BadParameter(Problem.NOT_A_SETTING.of(wrong[0]))
+        raise typer.BadParameter(TrainerProblem.NOT_A_SETTING.of(wrong[0]))
     return found
 
 

@@ -144,7 +144,7 @@ def remake(
 
     Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
-    store, by which extract_features.py and refresh_features.py make further rows. OUT is made at the end: after an
+    store, by which crossmedia extract and refresh make further rows. OUT is made at the end: after an
     interruption the same command starts again.
     """
     store = open_store(source)
