@@ -121,13 +121,13 @@ EXAMPLES = """Examples:
   horovodrun -np 8 crossmedia daily --first-day 2026-01-18
   horovodrun -np 8 crossmedia daily --continue --set run.warm_start=data/runs/both
 
-Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
-crossmedia train does. The first one is that of the newest day that has a next one. With --continue each later run takes all
-that the one before has learned, and goes once through the days that have come since, at 0.3 of the learning rate (0.15
-for ID rows). The table of all days is next to the runs, as days.json. Start it again when another day's samples are
-there, or after a kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples
-of the day after it have come; where its own have changed by then, by late logs, it stays as it was trained, and is
-marked samples_changed. Exit codes are those of crossmedia train.
+Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own. The
+first one is that of the newest day that has a next one. With --continue each later run takes all that the one before
+has learned, and goes once through the days that have come since, at 0.3 of the learning rate (0.15 for ID rows). The
+table of all days is next to the runs, as days.json. Start it again when another day's samples are there, or after a
+kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples of the day after
+it have come; where its own have changed by then, by late logs, it stays as it was trained, and is marked
+samples_changed. Exit codes are those of crossmedia train.
 """
 
 LATER_LR, LATER_IDS_LR = 0.3, 0.15

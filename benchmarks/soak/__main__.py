@@ -6,9 +6,8 @@ A copy of the demo is served on loopback. Clients ask for all kinds of things, r
 minute something changes beside the server: another version of the model and newer vectors, or a new snapshot.
 """
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,20 +18,10 @@ from featurestore.console.commandline import CommandApp, run_app
 app = CommandApp(report=True, failures=(OSError,))
 
 
-class Of(StrEnum):
-    """What is served."""
-
-    SCORER = "scorer"
-    FEATURES = "features"
-    EXPLORER = "explorer"
-
-
 @app.command()
 def main(
-    of: Annotated[Of, typer.Argument(help="The server.")],
-    demo: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Folder of crossmedia demo; a copy of it is served.")
-    ] = Path("data/demo"),
+    of: Annotated[Literal["scorer", "features", "explorer"], typer.Argument(help="The server.")],
+    demo: Annotated[Path, typer.Option(help="Folder of crossmedia demo; a copy of it is served.")] = Path("data/demo"),
     minutes: Annotated[float, typer.Option(min=1, help="Of load.")] = 60.0,
     warm_minutes: Annotated[float, typer.Option(min=0, help="At the beginning, not in the slopes.")] = 10.0,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests a second.")] = 10.0,
@@ -40,6 +29,8 @@ def main(
     json_path: JsonPath = None,
 ) -> None:
     """Put a server under a bounded load for a long time."""
+    if not demo.is_dir():
+        raise typer.BadParameter(Problem.NO_DEMO.of(demo), param_hint="--demo")
     if minutes < warm_minutes + 4:
         raise typer.BadParameter(Problem.TOO_SHORT.of(minutes), param_hint="--minutes")
     from benchmarks.soak.measure import run_soak
