@@ -68,8 +68,7 @@ def write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, *
 def values_of(files: Path, name: str) -> list[Any]:
     """The values of a column of a file of samples, or of all below a folder; those of lists one after the other."""
     column = pq.read_table(files, columns=[name], partitioning=None)[name].combine_chunks()
-    values: list[Any] = (column.flatten() if isinstance(column, pa.ListArray) else column).to_pylist()
-    return values
+    return (column.flatten() if isinstance(column, pa.ListArray) else column).to_pylist()
 
 
 def change_column(file: Path, name: str, change: Callable[[list[Any]], list[Any]], kind: Any = None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from trainer.comm import connect
+from trainer.comm import Comm, connect
 from trainer.config import load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.main import train
@@ -21,11 +21,7 @@ def main() -> None:
     comm = connect()
 
     def outcome(*settings: str) -> list[str]:
-        try:
-            train(load_config(settings=[*shared, *settings]), comm)
-        except Exception as failure:
-            return comm.allgather_object(f"{type(failure).__name__}: {failure}")
-        return comm.allgather_object("done")
+        return ending_of(comm, lambda: train(load_config(settings=[*shared, *settings]), comm))
 
     seen = {"full": outcome("run.name=full", "train.max_steps=16")}
     stopped = ("run.name=stopped", "train.max_steps=16")
@@ -44,6 +40,15 @@ def main() -> None:
     if comm.rank == 0:
         out.write_text(json.dumps(seen))
     comm.close()
+
+
+def ending_of(comm: Comm, work: Callable[[], object]) -> list[str]:
+    """How it ends on every rank: "done", or its error."""
+    try:
+        work()
+    except Exception as failure:
+        return comm.allgather_object(f"{type(failure).__name__}: {failure}")
+    return comm.allgather_object("done")
 
 
 def signalling(

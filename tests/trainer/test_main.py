@@ -286,7 +286,6 @@ def endless(places: Places, tmp_path: Path, num_ranks: int) -> Iterator[subproce
     )
     watchdog = threading.Timer(RANKS_TIMEOUT_S, process.kill)
     watchdog.start()
-    assert process.stdout is not None
     seen = []
     for line in process.stdout:
         seen.append(line)

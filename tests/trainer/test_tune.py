@@ -45,8 +45,7 @@ def _steps(killed_before: int | None = None) -> Iterator[list[int]]:
 def _tuned(settings: list[str], epochs: int = 3) -> list[dict[str, Any]]:
     trials = trials_of(None, settings, TRIED, epochs)
     tune(trials, SoloComm())
-    rows: list[dict[str, Any]] = json.loads((trials[0].folder.parent / TABLE_FILE).read_text())
-    return rows
+    return json.loads((trials[0].folder.parent / TABLE_FILE).read_text())
 
 
 @pytest.fixture(scope="module")

@@ -58,8 +58,7 @@ def assert_same(found: RunPath, expected: RunPath, *, metrics: bool = False) -> 
 
 
 def report_of(run: RunPath) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((run / "report.json").read_bytes())
-    return report
+    return json.loads((run / "report.json").read_bytes())
 
 
 def drawn_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

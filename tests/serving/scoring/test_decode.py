@@ -276,16 +276,13 @@ COLUMN_CHANGES: list[tuple[TableChange, str]] = [
     (lambda t: with_column("user", t["user"].cast(pa.float64()))(t), "column user is double, expected integer"),
 ]
 """Found with rows or without."""
+NULL_USER = told(Problem.NULL, where="the table, row 0: column user")
 
 
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
-        (
-            1,
-            with_column("user", pa.array([None], pa.int64())),
-            told(Problem.NULL, where="the table, row 0: column user"),
-        ),
+        (1, with_column("user", pa.array([None], pa.int64())), NULL_USER),
         (1, with_column("ad_item", pa.array([[1]])), told(Problem.OTHER_CANDIDATES, value=2, count=1)),
         *((rows, *each) for rows in (0, 1) for each in COLUMN_CHANGES),
     ],

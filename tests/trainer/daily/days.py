@@ -13,7 +13,7 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 
-from tests.trainer.main_worker import signalling
+from tests.trainer.main_worker import ending_of, signalling
 from trainer.comm import connect
 from trainer.config import load_config
 from trainer.daily import follow as follow_days
@@ -28,11 +28,7 @@ def main() -> None:
     comm = connect()
 
     def outcome(work: Callable, *settings: str) -> list[str]:
-        try:
-            work(load_config(settings=[*shared, *settings]), comm)
-        except Exception as failure:
-            return comm.allgather_object(f"{type(failure).__name__}: {failure}")
-        return comm.allgather_object("done")
+        return ending_of(comm, lambda: work(load_config(settings=[*shared, *settings]), comm))
 
     seen = {"days": outcome(follow, "run.name=days")}
     step = Engine.train_step

@@ -53,8 +53,7 @@ def follow(places: Places, name: str, first: str | None = None, last: str | None
 
 
 def table_of(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((folder / "days.json").read_text())
-    return rows
+    return json.loads((folder / "days.json").read_text())
 
 
 def assert_same_days(found: Path, expected: Path, days: list[str] = DAYS) -> None:

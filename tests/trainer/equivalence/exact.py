@@ -46,7 +46,6 @@ class PlainRows:
 
     def step(self, touched: list[int], lr: float) -> Tensor:
         """Moves the rows by the gradient in `weight.grad`, and returns that."""
-        assert self.weight.grad is not None
         gradient = self.weight.grad.clone()
         with torch.no_grad():
             if self.optim.ids == "adam":

@@ -107,8 +107,7 @@ def ids_of(run: Path, table: str) -> set[int]:
 
 
 def table_of(run: Path, name: str) -> dict[str, Any]:
-    figures: dict[str, Any] = report_of(run)["tables"][name]
-    return figures
+    return report_of(run)["tables"][name]
 
 
 PREPARED: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 64}

@@ -78,7 +78,6 @@ def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
     crossed = Field(name="in_scene", side="ad", kind="id", columns=("ad_item", "ad_scene"), context=True)
     schema = Schema(fields=(*SCHEMA.fields, crossed))
     gate = build_new_ads(schema, schema.fields, _config())
-    assert gate is not None
     gate.eval()
     nothing = FieldVectors(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     given = gate(_fields([0.0, 1.0], [[0.0], [0.0]]) | {"in_scene": nothing})
@@ -194,7 +193,6 @@ def _logits(run: Path, *, pictures_count: bool) -> np.ndarray:
     """Predict with or without pictures of new ads, whatever the run has decided."""
     with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
         new_ads = opened.engine.model.new_ads
-        assert new_ads is not None
         new_ads.decide(pictures_count=pictures_count)
         return predict(opened)[0]
 
@@ -218,7 +216,6 @@ def test_what_ranks_new_ads_better_holds(run_of: Callable[[str], Path], store: s
     np.testing.assert_allclose(known.logit_N, held_N, rtol=0, atol=1e-9)
     label_N, is_new_N = known.impressions.label_N, known.is_new_ad_N
     assert metrics["logloss"] == pytest.approx(log_loss(held_N, label_N), abs=1e-6)
-    assert is_new_N is not None
     label_N, held_N, other_N = label_N[is_new_N], held_N[is_new_N], other_N[is_new_N]
     assert metrics["new_ad_auc"] == alike("new_ad_auc", auc(held_N, label_N))
     assert _distance(held_N, label_N) > _distance(other_N, label_N) + 0.5

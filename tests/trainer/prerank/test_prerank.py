@@ -79,7 +79,6 @@ def test_search_for_a_user(run: Path, index: str) -> None:
             for sample in np.flatnonzero(batch.group_id_B == user):
                 vector = users[batch.group_of_sample_B[sample]]
     keys, vectors = AdIndex.open(index).vectors()
-    assert vector is not None
     expected = keys[np.argsort(-(vectors @ vector))[:4]]
     done = invoke(app, "search", "--run", run, "--index", index, "--user", user, "--k", 4, code=0)
     found = [int(line.split()[0]) for line in done.stdout.splitlines()[1:]]
@@ -99,7 +98,6 @@ def test_users_are_of_the_run_s_own_test_days_and_the_newest_day_takes_others(tm
     with contextlib.closing(open_trained(run, SoloComm())) as trained:
         drawn = user_queries(trained)
         every = [users for _, users in vectors_of_users(trained)]
-    assert drawn is not None
     assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
     newest = trained_on("2026-01-04", "[]")
     done(newest, "--out", index)

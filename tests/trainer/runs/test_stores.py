@@ -94,18 +94,14 @@ def test_a_run_goes_on_with_the_recorded_snapshot_of_each_content_or_one_that_is
     assert missing["titles"] > missing["images"] == 0
 
 
-BOTH = ["images", "titles"]
+BOTH, UNUSED = ["images", "titles"], (Problem.UNUSED_STORE, {"where": "tiles", "known": re.compile("^images")})
 ADDRESSES = [
     (BOTH, "data.store=a data.stores.titles=b data.store_version=3", [("images", "a", 3), ("titles", "b", None)]),
     (BOTH, "model.images=none data.stores.titles=b", []),
     (["titles"], "data.store=a", [("titles", "a", None)]),
     (["titles"], "data.store=b data.stores.titles=a", [("titles", "a", None)]),
     (BOTH, "data.store=a", (Problem.STORE_WITHOUT_ADDRESS, {"where": "titles", "value": "a"})),
-    (
-        BOTH,
-        "data.stores.titles=b data.stores.tiles=c",
-        (Problem.UNUSED_STORE, {"where": "tiles", "known": re.compile("^images")}),
-    ),
+    (BOTH, "data.stores.titles=b data.stores.tiles=c", UNUSED),
 ]
 
 

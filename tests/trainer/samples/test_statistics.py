@@ -180,8 +180,7 @@ def trained(places: Places, name: str, **changes: Any) -> Path:
 
 
 def fields_of(run: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = checkpoint.read_state(finished(run)[-1]).origin.model["fields"]
-    return fields
+    return checkpoint.read_state(finished(run)[-1]).origin.model["fields"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.keys import key_of_uri
-from featurestore.published.paths import RemotePath, run_path
+from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from pipeline.samples.mapping import parse_ids
 from tests.cli import invoke
@@ -157,7 +157,6 @@ def entries(folder: Path) -> dict[int, str]:
 @pytest.mark.long
 def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy: Places, s3_url: str) -> None:
     folder, schema = run_path(f"{s3_url}/runs/far"), load_schema(str(wordy.folder / "schema.yaml"))
-    assert isinstance(folder, RemotePath)
     for size in (1, 3):
 
         def write(comm: Comm) -> bool:

@@ -283,7 +283,6 @@ def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
         def open_at(
             resumed: Resumed | None, skipped: list[SkippedCheckpoint]
         ) -> tuple[Trained, list[SkippedCheckpoint]]:
-            assert resumed is not None
             trained = Trained(comm.rank, comm.size)
             checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
             return trained, skipped

@@ -32,9 +32,8 @@ def train_on(places: Places, folder: object, name: str = "a", **changes: Any) ->
 @pytest.fixture(scope="module")
 def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[RemotePath, Path]:
     """The same run on S3 and on a disk."""
-    far, near = (train_on(places, runs) for runs in (f"{new_bucket()}/runs", tmp_path_factory.mktemp("near") / "runs"))
-    assert isinstance(far, RemotePath) and isinstance(near, Path)
-    return far, near
+    folders = f"{new_bucket()}/runs", tmp_path_factory.mktemp("near") / "runs"
+    return tuple(train_on(places, folder) for folder in folders)
 
 
 def called(*words: object) -> str:
