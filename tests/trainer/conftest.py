@@ -213,12 +213,7 @@ def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """Settings in which much depends on the step and on each row's own count; no number of ranks divides a batch."""
     from tests.trainer.runs.resumed.legs import comparable_settings, write_schema_with_serials
 
-    file = write_schema_with_serials(tmp_path_factory.mktemp("schema"))
-
-    def settings(folder: Path, steps: int, every: int, **changes: Any) -> list[str]:
-        return comparable_settings(places, file, folder, steps, every, **changes)
-
-    return settings
+    return functools.partial(comparable_settings, places, write_schema_with_serials(tmp_path_factory.mktemp("schema")))
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -170,8 +170,7 @@ def test_a_restore_of_the_features_is_followed(world: World) -> None:
 
 def test_an_image_whose_uri_changes_keeps_the_one_that_it_had(world: World) -> None:
     world.source.delete([1_020])
-    features = np.ones((1, 16), np.float32)
-    world.source.put(FeatureRows.of(["another"], features, keys=np.array([1_020])))
+    world.source.put(FeatureRows.of(["another"], np.ones((1, 16), np.float32), keys=np.array([1_020])))
     assert counts(world.publish()) == (0, 1, 0, 0)
     world.check()
 

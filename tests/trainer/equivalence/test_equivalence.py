@@ -49,6 +49,7 @@ RUNS_ON_RANKS = [
 ]
 
 Results = Mapping[str, dict]
+ResultsOf = Callable[[int], Results]
 TIMEOUT_S = 600
 
 
@@ -82,7 +83,7 @@ class Job(dict[str, dict]):
 
 
 @pytest.fixture(scope="module")
-def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ResultsOf:
     """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
     done = {str(1): Job(folder, 1, request.getfixturevalue)}  # which makes the stores
@@ -96,7 +97,7 @@ def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def reference(results_of: ResultsOf, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of the reference, from the initial values of a run of one rank."""
     folder = tmp_path_factory.mktemp("reference")
     kept = ("initial", "mean_and_std", "decoded")
@@ -118,9 +119,7 @@ def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> 
 
 
 @pytest.mark.parametrize(("num_ranks", "run"), RUNS_ON_RANKS)
-def test_ranks_equal_one_process(
-    num_ranks: int, run: str, results_of: Callable[[int], Results], reference: Results
-) -> None:
+def test_ranks_equal_one_process(num_ranks: int, run: str, results_of: ResultsOf, reference: Results) -> None:
     """Losses, first gradients, parameters and optimisers after the last step, rows that make room and expire, and the
     collectives."""
     variant, found, expected = VARIANTS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
@@ -162,7 +161,7 @@ def _collectives(name: str, num_ranks: int) -> list[str]:
         *(pytest.param(2, run, marks=pytest.mark.slow) for run in ALL_RUNS if run not in FEW),
     ],
 )
-def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: Callable[[int], Results]) -> None:
+def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: ResultsOf) -> None:
     """Two numbers have one sum in either order; for more, the sums of both are Gloo's ring."""
     by_torchrun, by_horovodrun = results_of(TorchRanks(num_ranks))[run], results_of(num_ranks)[run]
     assert by_torchrun["losses_P"] == by_horovodrun["losses_P"]
@@ -171,7 +170,7 @@ def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results
 
 @pytest.mark.parametrize("num_ranks", OTHER_WAYS_RANKS)
 @pytest.mark.parametrize("way", ["plain delayed", "plain held", "sum_rank_without_data held"])
-def test_no_other_way_changes_a_bit(num_ranks: int, way: str, results_of: Callable[[int], Results]) -> None:
+def test_no_other_way_changes_a_bit(num_ranks: int, way: str, results_of: ResultsOf) -> None:
     """With slow and fast ranks, and with features held on the device."""
     found, usual = results_of(num_ranks)[way], results_of(num_ranks)[f"{way.partition(' ')[0]}/float64"]
     assert found["losses_P"] == usual["losses_P"]
@@ -180,7 +179,7 @@ def test_no_other_way_changes_a_bit(num_ranks: int, way: str, results_of: Callab
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_an_error_of_one_rank_stops_every_rank_and_in_e_before_anything_moves(
-    num_ranks: int, results_of: Callable[[int], Results]
+    num_ranks: int, results_of: ResultsOf
 ) -> None:
     """A missing key, a reader's, and one in E."""
     endings, last_rank = results_of(num_ranks)["endings"], f"RemoteRankError: rank {num_ranks - 1} failed: "

@@ -53,9 +53,8 @@ def statistics_of(url: str) -> FeatureStatistics:
 @cache
 def partition_of(url: str, rank: int, num_ranks: int, missing: str) -> FeaturePartition:
     """Read once for all variants: no run changes it."""
-    return FeaturePartition.load(
-        FeatureStore.open(url), rank, num_ranks, cache_dir=f"{url}-cache-{num_ranks}", missing=missing
-    )
+    cache = f"{url}-cache-{num_ranks}"
+    return FeaturePartition.load(FeatureStore.open(url), rank, num_ranks, cache_dir=cache, missing=missing)
 
 
 def engine_of(

@@ -122,9 +122,7 @@ CONTEXT = (
     Field(name="scene", side="ad", kind="id", context=True),
     Field(name="hour", side="ad", kind="dense", width=2, context=True),
 )
-USER, BEHAVIORS, AD_ITEM = SCHEMA.fields[0], SCHEMA.fields[2], SCHEMA.fields[6]
-BEHAVIOR_IMAGE = Field(name="behavior_image", side="user", kind="content")
-AD_IMAGE = Field(name="ad_image", side="ad", kind="content")
+USER, AGE, BEHAVIORS, _, BEHAVIOR_IMAGE, _, AD_ITEM, *_, AD_IMAGE, _ = SCHEMA.fields
 
 
 def cover(**names: str) -> Field:
@@ -148,7 +146,7 @@ def named(where: str, setting: str, value: str, better: str) -> dict[str, str]:
         ([cover(store="items")], {"images": "ad"}, NO_PART, named("cover", "store", "items", "items")),
         ([cover(store="a.b")], {"images": "ad"}, NO_PART, named("cover", "store", "a.b", "a_b")),
         ([cover(name="keys")], {"images": "ad"}, NO_PART, named("keys", "name", "keys", "keys")),
-        ([SCHEMA.fields[1]], {"images": "none"}, Problem.NO_FIELD_TO_LEARN, {}),
+        ([AGE], {"images": "none"}, Problem.NO_FIELD_TO_LEARN, {}),
         ([AD_ITEM], {"base": "two_tower", "images": "none"}, Problem.TOWER_WITHOUT_FIELD, {"side": "user"}),
         ([USER, *CONTEXT], {"base": "two_tower", "images": "none"}, Problem.TOWER_WITHOUT_FIELD, {"side": "ad"}),
         (SCHEMA.fields, {"base": "two_tower", "dropout": 0.1}, Problem.DROPOUT_IN_TOWER, {}),

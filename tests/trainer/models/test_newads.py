@@ -109,9 +109,7 @@ def test_rows_that_start_late_cannot_tell_new_ads() -> None:
         pytest.param("id_proxy", (USER, IMAGE), {"image_dropout": 0.0}, id="no ids of ads"),
     ],
 )
-def test_models_that_have_no_use_for_a_part_have_none(
-    part: str, fields: tuple[Field, ...], values: dict[str, object]
-) -> None:
+def test_models_have_no_part_without_use(part: str, fields: tuple[Field, ...], values: dict[str, object]) -> None:
     config = _config(**{"id_proxy": part == "id_proxy", "id_width": 2, "pooling": "mean", **values})
     assert getattr(build_model(Schema(fields=fields), config), part) is None
 
@@ -223,9 +221,7 @@ def test_what_ranks_new_ads_better_holds(run_of: Callable[[str], Path], store: s
 
 @pytest.mark.long
 @pytest.mark.parametrize("store", [pytest.param("right", marks=pytest.mark.slow), "wrong"])
-def test_two_ranks_decide_as_one(
-    made: Places, run_of: Callable[[str], Path], store: str, two_ranks: StandingRanks
-) -> None:
+def test_ranks_decide_as_one(made: Places, run_of: Callable[[str], Path], store: str, two_ranks: StandingRanks) -> None:
     alone = run_of(store)
     settings = made.settings(run__name=f"two-{store}", data__store=made.folder / store, **SETTINGS)
     two_ranks.run("-m", "trainer.main", "--set", *settings)
@@ -291,9 +287,7 @@ def test_a_stop_in_between_leaves_all_as_it_was(did_count: bool) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("parts", ["partial", "all"])
-def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(
-    made: Places, run_of: Callable[[str], Path], parts: str
-) -> None:
+def test_a_run_that_goes_on_keeps_what_was_decided(made: Places, run_of: Callable[[str], Path], parts: str) -> None:
     """New to this run are all ads of the test samples, whose pictures E knows by heart; their rows begin anew, or are
     trained."""
     samples = made.folder / "next"

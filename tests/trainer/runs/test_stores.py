@@ -106,9 +106,7 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize(("contents", "settings", "found"), ADDRESSES)
-def test_data_store_is_that_of_the_images_or_the_only_one(
-    contents: list[str], settings: str, found: Any, tmp_path: Path
-) -> None:
+def test_data_store_is_the_images_or_only_one(contents: list[str], settings: str, found: Any, tmp_path: Path) -> None:
     (tmp_path / "schema.yaml").write_text(SCHEMA)
     schema = load_schema(tmp_path / "schema.yaml")
     fields = tuple(each for each in schema.fields if each.kind != "content" or each.store_name in contents)
@@ -180,9 +178,7 @@ class TestRebuilt:
         old = FeatureStore.open(own.folder / "features").info.store_id
         return old[:8], remade(own.folder / "features", permuted).info.store_id[:8]
 
-    def test_all_that_is_made_of_the_old_one_refuses_it_but_a_warm_start(
-        self, own: Places, ids: tuple[str, str], tmp_path: Path
-    ) -> None:
+    def test_all_but_a_warm_start_refuse_it(self, own: Places, ids: tuple[str, str], tmp_path: Path) -> None:
         run, features, index = own.folder / "runs/a", own.folder / "features", tmp_path / "index"
         old, new = (re.compile(f"of store {each} at") for each in ids)
         hint = re.compile(rf"data\.store .*crossmedia compat {run} {features}$")
