@@ -5,10 +5,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.testing import CliRunner, Result
+
+T = TypeVar("T")
 
 
 def ran(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -23,17 +25,18 @@ def begun(*words: object, **options: Any) -> subprocess.Popen[str]:
 
 
 def wait_until(
-    holds: Callable[[], object],
+    holds: Callable[[], T],
     said: Callable[[], str],
     timeout_s: float = 20,
     job: "subprocess.Popen[bytes] | subprocess.Popen[str] | None" = None,
     pause_s: float = 0.05,
-) -> None:
-    """Return once something holds; fail with what was said where the time is over, or `job` has ended before."""
+) -> T:
+    """Return what holds, once it does; fail with what was said where the time is over, or `job` has ended before."""
     end_s = time.monotonic() + timeout_s
-    while not holds():
+    while not (found := holds()):
         assert (job is None or job.poll() is None) and time.monotonic() < end_s, said()
         time.sleep(pause_s)
+    return found
 
 
 def invoke(app: typer.Typer, *words: object, code: int | None = None) -> Result:

@@ -160,7 +160,6 @@ class Host:
             env={**os.environ, "NAME": self.name, "FOLDER": str(files)},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        assert self._shell.stdout is not None
         said = self._shell.stdout.readline()
         assert said == "ready\n", f"host {self.name} did not start: {said}{self._shell.stdout.read()}"
         (self._init,) = psutil.Process(self._shell.pid).children()

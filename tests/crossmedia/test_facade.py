@@ -56,8 +56,7 @@ def run(places: Places) -> cm.Run:
 
 @pytest.fixture(scope="module")
 def model(places: Places, run: cm.Run) -> Iterator[cm.Model]:
-    url = str(places.folder / "models" / "ctr")
-    with run.publish(url) as opened:
+    with run.publish(str(places.folder / "models" / "ctr")) as opened:
         yield opened
 
 
@@ -245,8 +244,7 @@ def test_a_server_gives_the_scores_of_its_model(model: cm.Model, impressions: pa
     from crossmedia.demo_serving import running
     from trainer.launch import free_port
 
-    port = free_port()
-    url = model.scorer.storage.url
+    port, url = free_port(), model.scorer.storage.url
     with running(["-m", "crossmedia", "serve", url, "--port", str(port)], port, "/v2/health/ready", ROOT):
         client = cm.Client(address := f"http://127.0.0.1:{port}")
         assert client.score(impressions).equals(model.score(impressions))
@@ -302,9 +300,7 @@ def test_training_on_two_ranks_gives_each_the_run(places: Places, tmp_path: Path
     assert len(found[0]) == 1 and found[0] == found[1]
 
 
-def test_scores_of_images_that_the_store_lacks_warn_with_their_number(
-    run: cm.Run, impressions: pa.Table, tmp_path: Path
-) -> None:
+def test_scores_of_missing_images_warn_with_their_number(run: cm.Run, impressions: pa.Table, tmp_path: Path) -> None:
     assert run.saved().missing_met == 0
     unknown = pa.array(np.arange(2**40, 2**40 + len(impressions)))
     lacking = impressions.set_column(impressions.column_names.index("ad_image"), "ad_image", unknown)

@@ -69,9 +69,7 @@ def test_beyond_the_limit_links_lead_to_a_page_that_says_so(world: World, tmp_pa
     assert "at most 10 files" in (tmp_path / "pages" / LEFT_OUT).read_text()
 
 
-def test_pages_have_what_needs_no_server(
-    exported_world: tuple[ExportedPages, Path], shop: World, tmp_path: Path
-) -> None:
+def test_pages_need_no_server(exported_world: tuple[ExportedPages, Path], shop: World, tmp_path: Path) -> None:
     only_shop = _exported(shop.places(runs=None, samples=None), tmp_path / "pages", 200), tmp_path / "pages"
     for exported, folder in (exported_world, only_shop):
         assert exported.errors == []

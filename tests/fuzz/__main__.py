@@ -89,8 +89,7 @@ def _in_process(parser: Parser, examples: int, first: int) -> tuple[int, Finding
     work.start()
     sender.close()
     try:
-        found: tuple[int, Finding | None] = receiver.recv()
-        return found
+        return receiver.recv()
     except EOFError:
         return 0, Finding(b"", "the process ended")
     finally:

@@ -209,7 +209,6 @@ PARQUET = Form(
 
 @functools.cache
 def _loaded(form: Form, data: bytes) -> Any:
-    assert form.load is not None
     return form.load(data)
 
 

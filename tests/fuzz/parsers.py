@@ -145,8 +145,8 @@ def _read_shard(data: bytes) -> None:
         list(file.blocks(["key", "feature"]))
 
 
-def _sample_file() -> list[bytes]:
-    return [mutate.parquet_of(table_of([GROUP] * 3, TEXTS))]
+def _groups(count: int) -> pa.Table:
+    return table_of([GROUP] * count, TEXTS)
 
 
 def _read_samples(data: bytes) -> None:
@@ -206,10 +206,6 @@ def _read_body(body: Body) -> None:
 def _read_tensors(data: bytes) -> None:
     header, _, body = data.partition(b"\n")
     _read_body(TensorBody(body, header.decode("latin-1"), "ctr"))
-
-
-def _arrow_stream() -> list[bytes]:
-    return [mutate.stream_of(table_of([GROUP] * 2, TEXTS))]
 
 
 def _read_arrow(data: bytes) -> None:
@@ -293,11 +289,11 @@ PARSERS = [
     Parser("manifest", lambda: [seal(_store(os.getpid())[1])], _read_manifest, FeatureStoreError, mutate.SEALED),
     Parser("shard", _shard_files, _read_shard, FeatureStoreError, mutate.SHARD),
     Parser("statistics", lambda: [EMPTY.to_bytes()], _read_moments, CorruptFileError, mutate.NPY),
-    Parser("samples", _sample_file, _read_samples, TrainerError, mutate.PARQUET),
+    Parser("samples", lambda: [mutate.parquet_of(_groups(3))], _read_samples, TrainerError, mutate.PARQUET),
     Parser("checkpoint", lambda: [_state()], _read_checkpoint, CheckpointError, mutate.SEALED),
     Parser("json request", _requests, lambda data: _read_body(JsonBody(data)), RequestError, mutate.JSON),
     Parser("tensor request", lambda: [_tensor_body()], _read_tensors, RequestError, mutate.TENSORS),
-    Parser("arrow request", _arrow_stream, _read_arrow, RequestError, mutate.STREAM),
+    Parser("arrow request", lambda: [mutate.stream_of(_groups(2))], _read_arrow, RequestError, mutate.STREAM),
     Parser("mapping", _mappings, _read_mapping, SampleError, mutate.YAML, YAML_S),
     Parser("settings", _settings, _read_settings, ConfigError, mutate.YAML, YAML_S),
     Parser("image", _images, _read_image, BadImageError, mutate.PNG),

@@ -34,8 +34,7 @@ def made(exported: Variants) -> Exported:
 @pytest.fixture
 def url(made: Exported, tmp_path: Path) -> str:
     """Two versions, the second in use."""
-    shutil.copytree(with_versions(made, 2), tmp_path / "model")
-    return str(tmp_path / "model")
+    return str(shutil.copytree(with_versions(made, 2), tmp_path / "model"))
 
 
 @pytest.mark.long

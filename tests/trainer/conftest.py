@@ -68,8 +68,7 @@ def write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, *
 def values_of(files: Path, name: str) -> list[Any]:
     """The values of a column of a file of samples, or of all below a folder; those of lists one after the other."""
     column = pq.read_table(files, columns=[name], partitioning=None)[name].combine_chunks()
-    values: list[Any] = (column.flatten() if isinstance(column, pa.ListArray) else column).to_pylist()
-    return values
+    return (column.flatten() if isinstance(column, pa.ListArray) else column).to_pylist()
 
 
 def change_column(file: Path, name: str, change: Callable[[list[Any]], list[Any]], kind: Any = None) -> None:
@@ -214,12 +213,7 @@ def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """Settings in which much depends on the step and on each row's own count; no number of ranks divides a batch."""
     from tests.trainer.runs.resumed.legs import comparable_settings, write_schema_with_serials
 
-    file = write_schema_with_serials(tmp_path_factory.mktemp("schema"))
-
-    def settings(folder: Path, steps: int, every: int, **changes: Any) -> list[str]:
-        return comparable_settings(places, file, folder, steps, every, **changes)
-
-    return settings
+    return functools.partial(comparable_settings, places, write_schema_with_serials(tmp_path_factory.mktemp("schema")))
 
 
 @pytest.fixture(params=["disk", "s3"])

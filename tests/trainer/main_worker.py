@@ -6,11 +6,12 @@ Arguments: the folder of the places, the output file, then settings that all run
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest import mock
 
-from trainer.comm import connect
+from trainer.comm import Comm, connect
 from trainer.config import load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.main import train
@@ -21,16 +22,11 @@ def main() -> None:
     comm = connect()
 
     def outcome(*settings: str) -> list[str]:
-        try:
-            train(load_config(settings=[*shared, *settings]), comm)
-        except Exception as failure:
-            return comm.allgather_object(f"{type(failure).__name__}: {failure}")
-        return comm.allgather_object("done")
+        return ending_of(comm, lambda: train(load_config(settings=[*shared, *settings]), comm))
 
     seen = {"full": outcome("run.name=full", "train.max_steps=16")}
     stopped = ("run.name=stopped", "train.max_steps=16")
-    step = Engine.train_step
-    with mock.patch.object(Engine, "train_step", signalling(step, at=13) if comm.rank == 1 else step):
+    with signalling(comm, at=13):
         seen["stopped"] = outcome(*stopped)
     seen["after stopped"] = outcome(*stopped, "run.resume=latest")
     branched = ("run.name=branched", "train.max_steps=3", "train.checkpoint_every=2")
@@ -46,17 +42,36 @@ def main() -> None:
     comm.close()
 
 
-def signalling(
-    train_step: Callable[[Engine, PreparedBatch], StepResult], at: int
-) -> Callable[[Engine, PreparedBatch], StepResult]:
-    """`train_step` with a SIGTERM to this process during step number `at` of a run, whose first one is its own."""
+def ending_of(comm: Comm, work: Callable[[], object]) -> list[str]:
+    """How it ends on every rank: "done", or its error."""
+    try:
+        work()
+    except Exception as failure:
+        return comm.allgather_object(f"{type(failure).__name__}: {failure}")
+    return comm.allgather_object("done")
 
-    def step(engine: Engine, prepared: PreparedBatch) -> StepResult:
-        if engine.num_steps - engine.first_step == at - 1:
+
+def signalling(comm: Comm, at: int) -> AbstractContextManager[None]:
+    """In the block rank 1 gets a SIGTERM during step number `at` of a run, whose first one is its own."""
+
+    def act(engine: Engine, _: PreparedBatch) -> None:
+        if comm.rank == 1 and engine.num_steps - engine.first_step == at - 1:
             signal.raise_signal(signal.SIGTERM)
-        return train_step(engine, prepared)
 
-    return step
+    return before_steps(act)
+
+
+@contextmanager
+def before_steps(act: Callable[[Engine, PreparedBatch], object]) -> Iterator[None]:
+    """Call `act` before each training step of this process in the block."""
+    step = Engine.train_step
+
+    def acted(engine: Engine, prepared: PreparedBatch) -> StepResult:
+        act(engine, prepared)
+        return step(engine, prepared)
+
+    with mock.patch.object(Engine, "train_step", acted):
+        yield
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,28 +78,23 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
     assert near_match(f"{name}x", [name]) == f"known: {name}"
 
 
+unknown = partial(told, Problem.SETTING_UNKNOWN)
+SMALL_START = told(Problem.IMAGE_DROPOUT_NEEDS_SMALL_START, value=0.1, std=0.05, limit=0.001)
+EXACT_ITEM = "model.tables.item={kind: exact, max_rows: 9, "
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.epoch=1", told(Problem.SETTING_UNKNOWN, where="train.epoch", hint="did you mean train.epochs?")),
-        ("modell.images=ad", told(Problem.SETTING_UNKNOWN, where="modell", hint="did you mean model?")),
-        (
-            "train.zzz=1",
-            told(
-                Problem.SETTING_UNKNOWN,
-                where="train.zzz",
-                hint="known: train.checkpoint_beside, train.checkpoint_every,",
-            ),
-        ),
+        ("train.epoch=1", unknown(where="train.epoch", hint="did you mean train.epochs?")),
+        ("modell.images=ad", unknown(where="modell", hint="did you mean model?")),
+        ("train.zzz=1", unknown(where="train.zzz", hint="known: train.checkpoint_beside, train.checkpoint_every,")),
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
         ("model.tables.own={kind: exact}", told(Problem.MISSING, where="model.tables.own.max_rows")),
-        (
-            "model.tables.item={kind: exact, max_rows: 9, expire: 3}",
-            told(Problem.SETTING_UNKNOWN, where="model.tables.item.expire", hint=re.compile("did you mean")),
-        ),
-        ("model.tables.item={kind: exact, max_rows: 9, admit_after: 256}", "item.admit_after=256: it should be"),
+        (f"{EXACT_ITEM}expire: 3}}", unknown(where="model.tables.item.expire", hint=re.compile("did you mean"))),
+        (f"{EXACT_ITEM}admit_after: 256}}", "item.admit_after=256: it should be"),
         ("model.tables.item={kind: exact, max_rows: 2147483648}", "max_rows=2147483648: it should be less than"),
         ("model.tables.own={kind: hashed}", told(Problem.NOT_TABLE_ROWS)),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
@@ -119,10 +115,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("run.name=x; run.overwrite=true; run.resume=auto", told(Problem.RESUME_AND_OVERWRITE, value="auto")),
         ("data.train_days=[2026-01-02]; data.test_days=[2026-01-02]", told(Problem.DAY_FOR_BOTH, value="2026-01-02")),
         ("model.images=behavior; model.pooling=multi_query", told(Problem.POOLING_WITHOUT_AD_IMAGE)),
-        (
-            "model.image_dropout=0.1; model.id_init_std=0.05",
-            told(Problem.IMAGE_DROPOUT_NEEDS_SMALL_START, value=0.1, std=0.05, limit=0.001),
-        ),
+        ("model.image_dropout=0.1; model.id_init_std=0.05", SMALL_START),
         ("train.early_stopping=2; data.validation_days=0", told(Problem.EARLY_STOPPING_WITHOUT_EVALUATIONS)),
         ("train.early_stopping=2; train.eval_every=5; data.test_days=[]", told(Problem.EARLY_STOPPING_WITHOUT_SAMPLES)),
     ],

@@ -119,9 +119,7 @@ def test_images_that_the_store_lacks_are_counted_and_listed(tmp_path: Path, two_
     assert f"2 images of {samples} have no feature in {features}" in result.stdout
 
 
-def test_a_store_without_an_image_of_the_training_samples_is_refused_but_not_by_a_run_that_goes_on(
-    tmp_path: Path, two_ranks_of_each: StandingRanks
-) -> None:
+def test_a_new_run_refuses_a_store_without_its_images(tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     """As where its images have other names; whether it has images of the test samples does not count."""
     places = make_places(tmp_path)
     settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
@@ -286,7 +284,6 @@ def endless(places: Places, tmp_path: Path, num_ranks: int) -> Iterator[subproce
     )
     watchdog = threading.Timer(RANKS_TIMEOUT_S, process.kill)
     watchdog.start()
-    assert process.stdout is not None
     seen = []
     for line in process.stdout:
         seen.append(line)
@@ -405,13 +402,10 @@ def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(places: P
 @pytest.fixture(scope="module")
 def bare_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
     """Two ranks of torch in which `import horovod` fails."""
-    folder = tmp_path_factory.mktemp("bare")
+    folder, said = (tmp_path_factory.mktemp(name) for name in ("bare", "bare-ranks"))
     (folder / "sitecustomize.py").write_text("import sys\nsys.modules['horovod'] = None\n")
     bare = {"PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]])}
-    with (
-        forks_of_ranks(bare) as forks,
-        standing_ranks(forks, tmp_path_factory.mktemp("bare-ranks"), TorchRanks(2)) as ranks,
-    ):
+    with forks_of_ranks(bare) as forks, standing_ranks(forks, said, TorchRanks(2)) as ranks:
         yield ranks
 
 

@@ -259,9 +259,7 @@ def test_times_images_labels_and_lists_are_known_by_their_values(tmp_path):
         ([True, False], [datetime(2026, 3, 1)] * 2, None, "not used: more (bool and timestamp["),
     ],
 )
-def test_a_column_has_the_type_that_all_that_is_read_has_in_common(
-    tmp_path, monkeypatch, ending, early, late, kind, noted
-):
+def test_a_column_has_the_type_that_all_parts_have_in_common(tmp_path, monkeypatch, ending, early, late, kind, noted):
     """Of days, and of the blocks of one file."""
     parts, count = [], 1000
     for more in (early, late):
@@ -441,9 +439,8 @@ def test_a_table_has_room_for_twice_the_ids_of_all_its_fields_up_to_a_bound(tmp_
 def test_ids_of_images_are_fields_unless_they_repeat_those_of_the_ads(tmp_path, num_images, fields):
     items = [[each % 100, each // 2] for each in range(200)]
     images = [[each % num_images] * 2 for each in range(200)]
-    sides = {
-        f"{side}_{name}": values for side in ("behavior", "ad") for name, values in (("item", items), ("image", images))
-    }
+    both = {"item": items, "image": images}
+    sides = {f"{side}_{name}": rows for side in ("behavior", "ad") for name, rows in both.items()}
     pq.write_table(pa.table({"user": range(200), **sides, "label": [[1, 0]] * 200}), tmp_path / "a.parquet")
     (tmp_path / "schema.yaml").write_text(text := called("inspect", tmp_path))
     names = by_name(load_schema(tmp_path / "schema.yaml")).keys()

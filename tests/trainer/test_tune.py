@@ -13,6 +13,7 @@ from tests.raised import raises
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import differs
 from tests.trainer.conftest import Places, make_places
+from tests.trainer.main_worker import before_steps
 from tests.trainer.whole_runs import all_alike, assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config import differences, load_config
@@ -29,24 +30,20 @@ SHARED = {"model__compute_dtype": "float64", "run__name": "tune", "train__checkp
 def _steps(killed_before: int | None = None) -> Iterator[list[int]]:
     """Note the steps that are trained in the block; the second run is interrupted before its step of this number."""
     done: list[int] = []
-    step = Engine.train_step
 
-    def noted(engine: Engine, prepared: Any) -> Any:
+    def note(engine: Engine, _: object) -> None:
         if done.count(0) == 2 and engine.num_steps == killed_before:
             raise KeyboardInterrupt
         done.append(engine.num_steps)
-        return step(engine, prepared)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "train_step", noted)
+    with before_steps(note):
         yield done
 
 
 def _tuned(settings: list[str], epochs: int = 3) -> list[dict[str, Any]]:
     trials = trials_of(None, settings, TRIED, epochs)
     tune(trials, SoloComm())
-    rows: list[dict[str, Any]] = json.loads((trials[0].folder.parent / TABLE_FILE).read_text())
-    return rows
+    return json.loads((trials[0].folder.parent / TABLE_FILE).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,7 @@ def test_each_point_is_measured_on_the_day_held_out(tuned: tuple[Places, list[An
 
 
 @pytest.mark.long
-def test_the_best_is_written_for_a_training_on_all_days_and_runs_of_other_settings_are_not_taken(
+def test_the_best_is_written_for_all_days_and_other_runs_are_not_taken(
     tuned: tuple[Places, list[Any]],
 ) -> None:
     places, rows = tuned
@@ -98,9 +95,7 @@ def test_the_best_is_written_for_a_training_on_all_days_and_runs_of_other_settin
 
 
 @pytest.mark.long(20)  # with what all tests here share
-def test_two_ranks_find_what_one_finds(
-    tuned: tuple[Places, list[Any]], tmp_path: Path, two_ranks: StandingRanks
-) -> None:
+def test_two_ranks_find_the_same(tuned: tuple[Places, list[Any]], tmp_path: Path, two_ranks: StandingRanks) -> None:
     places, rows = tuned
     settings = places.settings(**SHARED | {"run__dir": tmp_path})
     out = two_ranks.run("-m", "trainer.tune", "--epochs", "3", "--grid", "optim.lr=[0.01]", *settings)

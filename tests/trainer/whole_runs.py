@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from featurestore.published.paths import RunPath
 from tests.trainer.checkpoints import assert_same_tensors, tensors_of
 from tests.trainer.conftest import Places
+from tests.trainer.main_worker import before_steps
 from trainer.comm import SoloComm
 from trainer.config import load_config
-from trainer.engine.engine import Engine, PreparedBatch, StepResult
+from trainer.engine.engine import Engine
 from trainer.main import train
 
 
@@ -39,15 +40,12 @@ def trained_beside(folder: Path) -> dict[str, Any]:
 @contextmanager
 def interrupted_after(steps: int) -> Iterator[None]:
     """The run in the block is interrupted in the place of its next step after so many."""
-    step = Engine.train_step
 
-    def interrupted(engine: Engine, prepared: PreparedBatch) -> StepResult:
+    def interrupt(engine: Engine, _: object) -> None:
         if engine.num_steps == steps:
             raise KeyboardInterrupt
-        return step(engine, prepared)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Engine, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt), before_steps(interrupt):
         yield
 
 
@@ -58,8 +56,7 @@ def assert_same(found: RunPath, expected: RunPath, *, metrics: bool = False) -> 
 
 
 def report_of(run: RunPath) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((run / "report.json").read_bytes())
-    return report
+    return json.loads((run / "report.json").read_bytes())
 
 
 def drawn_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -87,8 +87,7 @@ def test_figures_are_counted_once_for_the_same_files(world: World, monkeypatch: 
 def test_categories_are_named_as_the_logs_name_them(world: World, tmp_path: Path) -> None:
     saved = read_run(world.runs / "both", None, str(world.samples))
     plain = ad_figures(saved, str(world.samples), Task())
-    samples = tmp_path / "samples"
-    shutil.copytree(world.samples, samples)
+    samples = shutil.copytree(world.samples, tmp_path / "samples")
     known = {int(text): f"shelf {text}" for text in sorted(set(plain.category_I))[1:]}
     write_part(samples / "ids.parquet", known)
     found = ad_figures(saved, str(samples), Task()).category_I.tolist()

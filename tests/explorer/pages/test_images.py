@@ -177,8 +177,7 @@ def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_of_a_compact_store_a_picture_gets_the_coordinates_of_its_rows(shop, tmp_path, dtype):
-    source = FeatureStore.open(shop.store)
-    remake(source, tmp_path / "compact", dims=12, dtype=dtype)
+    remake(FeatureStore.open(shop.store), tmp_path / "compact", dims=12, dtype=dtype)
     reader = Reader(store=tmp_path / "compact")
     assert "12 of 576 numbers" in reader.read("/store").text
     text = Reading(send(reader, (shop.images / PLAIN[5]).read_bytes()).text).text

@@ -31,6 +31,7 @@ from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from serving.problems import Problem
 from tests.faulty import full_from
+from tests.featurestore.storage.test_paths import files_below
 from tests.raised import raises
 from tests.serving.bundle.conftest import export, flipped, no_network, versions_there
 from tests.serving.scoring.variants import Exported, Variants
@@ -56,8 +57,7 @@ def exact(exported: Variants) -> Exported:
 @pytest.fixture
 def url(made: Exported, tmp_path: Path) -> str:
     """A copy of a bundle with one version."""
-    shutil.copytree(made.url, tmp_path / "model")
-    return str(tmp_path / "model")
+    return str(shutil.copytree(made.url, tmp_path / "model"))
 
 
 def open_bundle(url: str, tmp_path: Path, version: int | None = None) -> Bundle:
@@ -95,9 +95,8 @@ def test_a_model_without_a_choice_says_how_one_is_made(url: str) -> None:
 
 
 def test_a_feature_store_is_no_place_for_a_model(made: Exported, tmp_path: Path) -> None:
-    url = str(tmp_path / "features")
-    shutil.copytree(made.places.folder / "features", url)
-    before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    url = str(shutil.copytree(made.places.folder / "features", tmp_path / "features"))
+    before = files_below(Path(url))
     for refused in (
         lambda: export(url, made.run),
         lambda: ModelVersion.open(url),
@@ -106,13 +105,11 @@ def test_a_feature_store_is_no_place_for_a_model(made: Exported, tmp_path: Path)
     ):
         with raises(BundleNotFoundError, Problem.IS_STORE, where=url):
             refused()
-    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
+    assert files_below(Path(url)) == before
     assert FeatureStore.open(url).snapshot().num_rows
 
 
-def test_a_run_is_found_from_any_folder_and_is_no_model(
-    made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_found_anywhere_and_no_model(made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.run.parent)
     assert export(tmp_path / "model", Path(made.run.name)).run == str(made.run)
     with raises(BundleNotFoundError, Problem.IS_RUN, where=made.run):
@@ -157,9 +154,7 @@ def test_a_damaged_manifest_or_choice_is_refused(url: str, tmp_path: Path) -> No
         open_bundle(url, tmp_path, 2)
 
 
-def test_damaged_vectors_and_a_store_of_them_that_was_made_anew_are_refused(
-    url: str, made: Exported, tmp_path: Path
-) -> None:
+def test_damaged_vectors_and_another_store_of_them_are_refused(url: str, made: Exported, tmp_path: Path) -> None:
     vectors = Path(url, made.manifest.folder, "vectors", "images")
     (data_file,) = vectors.glob("data/*/*.parquet")
     data = data_file.read_bytes()
@@ -202,9 +197,7 @@ def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, t
     open_bundle(url, tmp_path).close()
 
 
-def test_a_run_that_has_not_ended_is_told_and_metrics_may_be_no_numbers(
-    url: str, made: Exported, tmp_path: Path
-) -> None:
+def test_a_run_that_has_not_ended_is_told_and_metrics_may_be_nan(url: str, made: Exported, tmp_path: Path) -> None:
     run = shutil.copytree(made.run, tmp_path / "half")
     report = json.loads((run / "report.json").read_text())
     (run / "report.json").unlink()
@@ -258,8 +251,7 @@ def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
 
 
 def test_published_opened_and_brought_up_to_date(exact: Exported, s3_url: str, tmp_path: Path) -> None:
-    features = tmp_path / "features"
-    shutil.copytree(exact.places.folder / "features", features)
+    features = shutil.copytree(exact.places.folder / "features", tmp_path / "features")
     url = f"{s3_url}/models/ctr"
     first = export(url, exact.run)
     second = export(url, exact.run, use=False)
@@ -347,9 +339,7 @@ def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
-def test_id_rows_are_those_that_the_trainer_reads_and_known_where_it_has_touched_them(
-    exported: Variants, name: str
-) -> None:
+def test_id_rows_are_the_trainers_and_known_where_it_has_touched_them(exported: Variants, name: str) -> None:
     """Of each table alone, and of all of them at once."""
     made, every = exported(name), {}
     with closing(open_trained(made.run, SoloComm())) as trained, closing(Bundle.open(made.url)) as bundle:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from tests.cli import wait_until
+
 ROOT = Path(__file__).parents[3]
 FoundT = TypeVar("FoundT")
 START_TIMEOUT_S = 120
@@ -38,12 +40,7 @@ class ServerProcess:
 
     def wait_until(self, holds: Callable[[], FoundT | None]) -> FoundT:
         """Wait until something is so, as long as the process runs; gives what was found."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not (found := holds()):
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.02)
-        return found
+        return wait_until(holds, self.log, START_TIMEOUT_S, self.process, 0.02)
 
     def wait_until_ready(self) -> None:
         self.wait_until(self._is_ready)
@@ -100,9 +97,8 @@ def ended(server: ServerProcess) -> Iterator[ServerProcess]:
 
 def post_head(length: int, path: str = "/v1/score") -> bytes:
     """The headers of a JSON body of so many bytes."""
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: scorer\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-    ).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: scorer\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode()
 
 
 CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")

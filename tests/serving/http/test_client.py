@@ -22,7 +22,6 @@ FILE = ROOT / "deploy" / "client" / "crossmedia_client.py"
 @pytest.fixture(scope="module")
 def client() -> ModuleType:
     spec = importlib.util.spec_from_file_location("crossmedia_client", FILE)
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -96,9 +96,7 @@ LENGTHS, TAGS, SQUARE = "ad_tags.lengths", tensor("ad_tags", [1, 2]), tensor("ad
         ([tensor(LENGTHS, [1])], Problem.UNKNOWN_TENSOR, f'"{LENGTHS}"', {"part": "input"}),
     ],
 )  # fmt: skip
-def test_tensors_that_are_no_columns_are_named(
-    tensors: list[Tensor], problem: Problem, where: str, values: dict[str, Any]
-) -> None:
+def test_unfit_tensors_are_named(tensors: list[Tensor], problem: Problem, where: str, values: dict[str, Any]) -> None:
     with raises(RequestError, problem, where=where, **values):
         sent(*tensors)
 
@@ -167,9 +165,7 @@ def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values:
         ({"name": 3}, b"", Problem.UNFIT, {"where": "an input"}),
     ],
 )  # fmt: skip
-def test_damaged_tensors_are_named(
-    change: dict[str, Any], data: bytes, problem: Problem, values: dict[str, Any]
-) -> None:
+def test_damage_is_named(change: dict[str, Any], data: bytes, problem: Problem, values: dict[str, Any]) -> None:
     each = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": {SIZE: 8}} | change
     with raises(RequestError, problem, **values):
         run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))
@@ -225,9 +221,7 @@ NO_ITEMS = {"column": "input ad_item", "wanted": re.compile("a list .*")}
         (INFER, {"inputs": [sent_as("UINT64", 2**63)]}, 400, told(Problem.BEYOND_64_BITS, where=FIRST, value=2**63)),
     ],
 )
-async def test_mistakes_of_inference_are_told(
-    client: httpx2.AsyncClient, path: str, body: Any, status: int, words: str
-) -> None:
+async def test_mistakes_are_told(client: httpx2.AsyncClient, path: str, body: Any, status: int, words: str) -> None:
     answer = await client.post(f"/v2/models/{path}", json=body)
     assert answer.status_code == status
     assert re.fullmatch(words, answer.json()["error"])

@@ -44,9 +44,7 @@ def one_image(key: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def published(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Published:
     """A copy of the bundle that the tests of this file change."""
-    folder = tmp_path_factory.mktemp("changing") / "published"
-    shutil.copytree(bundle.folder, folder)
-    return Published(folder)
+    return Published(shutil.copytree(bundle.folder, tmp_path_factory.mktemp("changing") / "published"))
 
 
 @pytest.fixture(scope="module")

@@ -101,12 +101,11 @@ def test_certificates_that_are_not_valid_now_or_end_soon_warn(tmp_path: Path, ca
 
 def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Certificate) -> None:
     other = Certificate(tmp_path / "other")
-    empty, locked = tmp_path / "empty", tmp_path / "locked"
+    empty, locked, missing = (tmp_path / name for name in ("empty", "locked", "missing"))
     empty.touch()
     key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
     form = serialization.BestAvailableEncryption(b"password")
     locked.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, form))
-    missing = tmp_path / "missing"
     for cert, key_file, reason in (
         (missing, pair.key, "No such file"),
         (empty, pair.key, ""),

@@ -148,8 +148,7 @@ def test_draining_ends_after_its_time(tmp_path: Path) -> None:
 
 
 def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Path) -> None:
-    state = write_state(tmp_path, version=3)
-    with fake_server(state, tmp_path, workers=2, poll_s=0.1) as server:
+    with fake_server(write_state(tmp_path, version=3), tmp_path, workers=2, poll_s=0.1) as server:
         server.wait_for("loaded version 3", 2)
         with load(server) as (versions, failures):
             first, second = workers_of(server)
@@ -196,8 +195,7 @@ def test_a_first_model_that_cannot_be_loaded_ends_the_server_with_one_line(tmp_p
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        state = write_state(tmp_path, version=3)
+        port, state = taken.getsockname()[1], write_state(tmp_path, version=3)
         done = ran(sys.executable, "-m", "tests.serving.http.fakes", state, f"port={port}")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     taken_port = told(Problem.CANNOT_LISTEN, where=f"--host 127.0.0.1 --port {port}", reason=re.compile("Address.*"))

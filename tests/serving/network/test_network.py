@@ -49,28 +49,27 @@ PAIRED = ("behavior_item", "behavior_shop", "behavior_age")
 """What DIN takes value by value."""
 
 
-def schema() -> Schema:
-    """A field of every kind on both sides, with weights and of two contents."""
-    return Schema(
-        fields=(
-            Field(name="user", side="user", kind="id"),
-            Field(name="age", side="user", kind="dense"),
-            Field(name="interests", side="user", kind="multi_id", weights="interest_weights", width=2),
-            Field(name="behavior_item", side="user", kind="multi_id", table="item", width=4),
-            Field(name="behavior_shop", side="user", kind="multi_id", table="shop"),
-            Field(name="behavior_age", side="user", kind="multi_id", beside="behavior_item", buckets=4),
-            Field(name="behavior_image", side="user", kind="content"),
-            Field(name="ad_item", side="ad", kind="id", table="item", width=4),
-            Field(name="ad_shop", side="ad", kind="id", table="shop", weights="shop_weight"),
-            Field(name="ad_tags", side="ad", kind="multi_id", weights="tag_weights"),
-            Field(name="ad_words", side="ad", kind="multi_id"),
-            Field(name="scene", side="ad", kind="id", context=True),
-            Field(name="price", side="ad", kind="dense", width=2),
-            Field(name="ad_image", side="ad", kind="content"),
-            Field(name="behavior_title", side="user", kind="content", store="titles", width=2),
-            Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
-        )
+SCHEMA = Schema(
+    fields=(
+        Field(name="user", side="user", kind="id"),
+        Field(name="age", side="user", kind="dense"),
+        Field(name="interests", side="user", kind="multi_id", weights="interest_weights", width=2),
+        Field(name="behavior_item", side="user", kind="multi_id", table="item", width=4),
+        Field(name="behavior_shop", side="user", kind="multi_id", table="shop"),
+        Field(name="behavior_age", side="user", kind="multi_id", beside="behavior_item", buckets=4),
+        Field(name="behavior_image", side="user", kind="content"),
+        Field(name="ad_item", side="ad", kind="id", table="item", width=4),
+        Field(name="ad_shop", side="ad", kind="id", table="shop", weights="shop_weight"),
+        Field(name="ad_tags", side="ad", kind="multi_id", weights="tag_weights"),
+        Field(name="ad_words", side="ad", kind="multi_id"),
+        Field(name="scene", side="ad", kind="id", context=True),
+        Field(name="price", side="ad", kind="dense", width=2),
+        Field(name="ad_image", side="ad", kind="content"),
+        Field(name="behavior_title", side="user", kind="content", store="titles", width=2),
+        Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
     )
+)
+"""A field of every kind on both sides, with weights and of two contents."""
 
 
 def drawn_of(**settings: object) -> "Drawn":
@@ -78,7 +77,7 @@ def drawn_of(**settings: object) -> "Drawn":
     small = {"id_width": 3, "visual_width": 5, "mlp": [6], "attention_hidden": 4}
     chosen = ModelConfig.model_validate({**small, "pooling_length": 20, **settings})
     torch.manual_seed(0)
-    model = build_model(schema(), chosen).eval()
+    model = build_model(SCHEMA, chosen).eval()
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
             is_variance = bool((value == 1).all())

@@ -19,7 +19,7 @@ from serving.http.app import Scoring
 from serving.http.live import BundleSource
 from serving.problems import Problem
 from serving.settings import ServerSettings
-from tests.cli import invoke
+from tests.cli import figures_of, invoke
 from tests.explorer.serving import in_thread
 from tests.raised import told
 from tests.security.certificates import Certificate
@@ -45,13 +45,11 @@ def score(*options: object, code: int = 0) -> Result:
 
 
 def test_a_bundle_equals_its_run(model: Exported, tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    check(model.url, "--json", file)
-    figures = json.loads(file.read_text())
+    figures = figures_of(app, tmp_path, "check", model.url)
     assert figures["impressions"] == len(predict_run(model.run).logit_N)
     assert 0 <= figures["mean"] <= figures["worst"] <= 1e-5
-    check(model.url, "--impressions", 10, "--json", file)
-    assert 10 <= json.loads(file.read_text())["impressions"] < figures["impressions"]
+    few = figures_of(app, tmp_path, "check", model.url, "--impressions", 10)
+    assert 10 <= few["impressions"] < figures["impressions"]
 
 
 def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> None:
@@ -66,10 +64,8 @@ def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> 
 
 def test_a_run_in_bfloat16_has_the_tolerance_of_its_roundings(model: Exported, tmp_path: Path) -> None:
     run = train_run(model.places, "bfloat16", model__compute_dtype="bfloat16")
-    url, file = str(tmp_path / "model"), tmp_path / "figures.json"
-    export(run, url)
-    check(url, "--json", file)
-    figures = json.loads(file.read_text())
+    export(run, url := str(tmp_path / "model"))
+    figures = figures_of(app, tmp_path, "check", url)
     assert figures["tolerance"] == 0.01 >= figures["worst"]
     (vectors,) = Path(url).glob("bundles/*/vectors/images")
     FeatureStore.open(vectors).delete(np.arange(1_000, 1_049))

@@ -29,11 +29,6 @@ from trainer.samples.reader import Batch, assemble
 TEXTUAL = [name for name, rule in COLUMNS.sources.items() if rule.text]
 
 
-def of_training(table: pa.Table) -> Batch:
-    decoded = decode_file(table, rules_of(SCHEMA), SCHEMA.label, "file", 0)
-    return assemble(SCHEMA, [Piece(decoded, 0, decoded.num_samples)], decoded.num_samples)
-
-
 def assert_same(found: Batch, expected: Batch) -> None:
     assert found.fields.keys() == expected.fields.keys()
     for name in expected.fields:
@@ -67,7 +62,8 @@ def test_requests_are_decoded_as_training_decodes_files(
 ) -> None:
     rows, in_texts = file
     table = table_of(rows, in_texts)
-    expected = of_training(table)
+    read = decode_file(table, rules_of(SCHEMA), SCHEMA.label, "file", 0)
+    expected = assemble(SCHEMA, [Piece(read, 0, read.num_samples)], read.num_samples)
     requests = [request_of(row, scene_in_context=scene_in_context) for row in rows]
     for body in (requests, table.drop_columns(["label"]), table):
         assert_same(decoded(body).batch, expected)
@@ -276,16 +272,13 @@ COLUMN_CHANGES: list[tuple[TableChange, str]] = [
     (lambda t: with_column("user", t["user"].cast(pa.float64()))(t), "column user is double, expected integer"),
 ]
 """Found with rows or without."""
+NULL_USER = told(Problem.NULL, where="the table, row 0: column user")
 
 
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
-        (
-            1,
-            with_column("user", pa.array([None], pa.int64())),
-            told(Problem.NULL, where="the table, row 0: column user"),
-        ),
+        (1, with_column("user", pa.array([None], pa.int64())), NULL_USER),
         (1, with_column("ad_item", pa.array([[1]])), told(Problem.OTHER_CANDIDATES, value=2, count=1)),
         *((rows, *each) for rows in (0, 1) for each in COLUMN_CHANGES),
     ],

@@ -48,9 +48,7 @@ WORKER = Path(__file__).with_name("collectives.py")
 
 
 @pytest.mark.parametrize("num_ranks", [3, TorchRanks(3)], ids=["horovod", "torch"])
-def test_three_ranks_get_what_each_collective_says_in_any_order_and_name_one_that_does_not_come(
-    num_ranks: int, forks: Forks, tmp_path: Path
-) -> None:
+def test_collectives_come_in_any_order_and_a_late_rank_is_named(num_ranks: int, forks: Forks, tmp_path: Path) -> None:
     (folder := tmp_path / "said").mkdir()
     codes, said = forks.outcome(num_ranks, tmp_path / "log.txt", WORKER, folder)
     assert codes == [7] * 3, said[-3000:]
@@ -197,10 +195,9 @@ class Ranks:
 
 
 @pytest.mark.services
-def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Path) -> None:
+def test_a_stopped_rank_that_holds_the_store_is_named(ranks: Ranks) -> None:
     """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = Ranks(forks, tmp_path)
     with ranks.started({**place, "RANK": "0"}, WORKER, "stops"):
         said = ranks.said_by({**place, "RANK": "1"}, WORKER, "stops", code=7)
     assert re.search(told(Problem.LATE_RANKS, ranks="rank 0") + ".*the store at MASTER_ADDR:MASTER_PORT", said), said

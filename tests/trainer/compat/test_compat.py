@@ -100,9 +100,7 @@ class TestWithBothThere:
         assert "error: not accepted: gate network: " in said
 
 
-def test_of_many_impressions_some_are_drawn_the_same_for_both(
-    lasting: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_impressions_are_drawn_alike(lasting: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.gates.MOST_IMPRESSIONS", 100)
     other = remade(tmp_path / "other", like=lasting.folder / "features")
     _, found = compat(lasting, other=other)

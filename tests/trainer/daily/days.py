@@ -9,15 +9,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pyarrow.parquet as pq
 
-from tests.trainer.main_worker import signalling
+from tests.trainer.main_worker import ending_of, signalling
 from trainer.comm import connect
 from trainer.config import load_config
 from trainer.daily import follow as follow_days
-from trainer.engine.engine import Engine
 from trainer.main import train
 
 follow = partial(follow_days, first="2026-01-03", continues=True)
@@ -28,15 +26,10 @@ def main() -> None:
     comm = connect()
 
     def outcome(work: Callable, *settings: str) -> list[str]:
-        try:
-            work(load_config(settings=[*shared, *settings]), comm)
-        except Exception as failure:
-            return comm.allgather_object(f"{type(failure).__name__}: {failure}")
-        return comm.allgather_object("done")
+        return ending_of(comm, lambda: work(load_config(settings=[*shared, *settings]), comm))
 
     seen = {"days": outcome(follow, "run.name=days")}
-    step = Engine.train_step
-    with mock.patch.object(Engine, "train_step", signalling(step, at=2) if comm.rank == 1 else step):
+    with signalling(comm, at=2):
         seen["cut"] = [outcome(follow, "run.name=cut") for _ in range(2)]
     seen["after the cut"] = outcome(follow, "run.name=cut")
     # The newest day is not there at first; when it has come, one group of the day before it is gone.

@@ -53,8 +53,7 @@ def follow(places: Places, name: str, first: str | None = None, last: str | None
 
 
 def table_of(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((folder / "days.json").read_text())
-    return rows
+    return json.loads((folder / "days.json").read_text())
 
 
 def assert_same_days(found: Path, expected: Path, days: list[str] = DAYS) -> None:
@@ -67,10 +66,8 @@ def assert_same_days(found: Path, expected: Path, days: list[str] = DAYS) -> Non
 
 def test_plan(tmp_path: Path) -> None:
     def planned(days: list[str], *given: str | None, warm: bool = False) -> list[tuple[str, list[str], str | None]]:
-        return [
-            (day.name, [*day.train_days], day.test_day)
-            for day in plan(days, tmp_path, *given, warm=warm, continues=True)
-        ]
+        found = plan(days, tmp_path, *given, warm=warm, continues=True)
+        return [(day.name, [*day.train_days], day.test_day) for day in found]
 
     one, two, three, four = DAYS
     assert planned(DAYS) == [(three, [one, two, three], four), (four, [four], None)]
@@ -134,9 +131,7 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(follow
         ("trainer.daily.write", 2),
     ],
 )
-def test_killed_at_any_point_it_goes_on(
-    followed: Places, monkeypatch: pytest.MonkeyPatch, point: str, call: int
-) -> None:
+def test_killed_anywhere_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str, call: int) -> None:
     name, days = f"cut-in-{point.rpartition('.')[2]}", DAYS[:2]
     work, calls = resolve_name(point), count(1)
 
@@ -218,9 +213,7 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
         follow(days, "d", data__samples=empty.parent)
 
 
-def test_another_day_is_evaluated_when_it_comes_and_late_logs_of_a_trained_day_change_nothing_but_a_mark(
-    days: Places, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_days_are_evaluated_when_they_come_and_late_logs_mark(days: Places, capsys: pytest.CaptureFixture[str]) -> None:
     samples, store = days.folder / "samples", FeatureStore.open(days.folder / "features")
     newest, third = samples / "test" / f"day={DAYS[3]}.parquet", samples / "train" / f"day={DAYS[2]}.parquet"
     to_come = newest.rename(days.folder / "to come")
@@ -311,9 +304,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks) -> t
 
 @pytest.mark.cluster
 class TestTwoRanks:
-    def test_a_stop_changes_nothing_and_days_are_evaluated_and_settings_refused_on_both(
-        self, job: tuple[Places, dict[str, Any]]
-    ) -> None:
+    def test_stops_evaluations_and_refusals_are_of_both(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job
         assert seen["days"] == ["done", "done"]
         assert seen["cut"] == [["StoppedError: SIGTERM received"] * 2, ["StoppedError: SIGTERM received"] * 2]

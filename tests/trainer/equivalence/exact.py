@@ -46,28 +46,22 @@ class PlainRows:
 
     def step(self, touched: list[int], lr: float) -> Tensor:
         """Moves the rows by the gradient in `weight.grad`, and returns that."""
-        assert self.weight.grad is not None
         gradient = self.weight.grad.clone()
         with torch.no_grad():
             if self.optim.ids == "adam":
-                self.step_adam(touched, lr)
+                self.adam.param_groups[0]["lr"] = lr
+                self.adam.step()
+            moments = self.adam.state[self.weight]
             for row in touched:
-                if self.optim.ids == "rowwise_adagrad":
-                    self.move_rowwise_adagrad(row, gradient[row], lr)
+                if self.optim.ids == "adam":
+                    self.state["momentum"][row] = moments["exp_avg"][row]
+                    self.state["variance"][row] = moments["exp_avg_sq"][row]
+                    self.state["last_step"][row] = int(moments["step"])
+                    self.state["last_weight"][row] = self.weight[row]
+                else:
+                    self.state["sum"][row] += (gradient[row] ** 2).mean()
+                    self.weight[row] -= lr * gradient[row] / (self.state["sum"][row].sqrt() + self.optim.eps)
         return gradient
-
-    def step_adam(self, touched: list[int], lr: float) -> None:
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        moments = self.adam.state[self.weight]
-        for row in touched:
-            self.state["momentum"][row] = moments["exp_avg"][row]
-            self.state["variance"][row] = moments["exp_avg_sq"][row]
-            self.state["last_step"][row], self.state["last_weight"][row] = int(moments["step"]), self.weight[row]
-
-    def move_rowwise_adagrad(self, row: int, g: Tensor, lr: float) -> None:
-        self.state["sum"][row] += (g**2).mean()
-        self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
 
     def parts(self) -> dict[str, Tensor]:
         """Weights and state, as a checkpoint has them."""

@@ -21,9 +21,7 @@ from trainer.comm import SoloComm
 
 def differences(store: FeatureStore, name: str, dtype: str, device: str) -> list[str]:
     """Train one variant in all three ways; return what differs, a line each."""
-    on_cpu, first, second = (
-        run(SoloComm(), store, VARIANTS[name], dtype, device=each) for each in ("cpu", device, device)
-    )
+    on_cpu, first, second = (run(SoloComm(), store, VARIANTS[name], dtype, each) for each in ("cpu", device, device))
     found = []
     wanted, losses = (torch.tensor(each["losses_P"][0], dtype=torch.float64) for each in (on_cpu, first))
     if not torch.allclose(losses, wanted, rtol=TOLERANCE[dtype], atol=0):

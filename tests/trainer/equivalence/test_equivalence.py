@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.ranks import Forks, StandingRanks, TorchRanks
+from tests.trainer.checkpoints import assert_same_tensors
 from tests.trainer.equivalence.packing import packed, unpacked
 from tests.trainer.standing_ranks import run as run_here
 from tests.variants import FEW, TOLERANCE, VARIANTS, has_other_ways
@@ -48,14 +49,14 @@ RUNS_ON_RANKS = [
 ]
 
 Results = Mapping[str, dict]
-Fixture = Callable[[str], Any]
+ResultsOf = Callable[[int], Results]
 TIMEOUT_S = 600
 
 
 class Job(dict[str, dict]):
     """Results of the variants on P ranks; the few and the rest, where told apart, are two jobs, run when asked for."""
 
-    def __init__(self, folder: Path, num_ranks: int, fixture: Fixture) -> None:
+    def __init__(self, folder: Path, num_ranks: int, fixture: Callable[[str], Any]) -> None:
         super().__init__()
         self._folder, self._num_ranks, self._fixture = folder, num_ranks, fixture
         if str(num_ranks) not in IN_TWO_PARTS:
@@ -82,7 +83,7 @@ class Job(dict[str, dict]):
 
 
 @pytest.fixture(scope="module")
-def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ResultsOf:
     """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
     done = {str(1): Job(folder, 1, request.getfixturevalue)}  # which makes the stores
@@ -96,7 +97,7 @@ def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def reference(results_of: ResultsOf, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of the reference, from the initial values of a run of one rank."""
     folder = tmp_path_factory.mktemp("reference")
     kept = ("initial", "mean_and_std", "decoded")
@@ -104,8 +105,7 @@ def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_facto
     initial, out = folder / "initial.pickle", folder / "out.pickle"
     initial.write_bytes(packed(start))
     forks.run(1, folder / "said.txt", HERE / "reference.py", initial, out, timeout_s=TIMEOUT_S)
-    results: Results = unpacked(out.read_bytes())
-    return results
+    return unpacked(out.read_bytes())
 
 
 def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> None:
@@ -119,9 +119,7 @@ def test_every_choice_has_a_scenario_and_each_is_checked(reference: Results) -> 
 
 
 @pytest.mark.parametrize(("num_ranks", "run"), RUNS_ON_RANKS)
-def test_ranks_equal_one_process(
-    num_ranks: int, run: str, results_of: Callable[[int], Results], reference: Results
-) -> None:
+def test_ranks_equal_one_process(num_ranks: int, run: str, results_of: ResultsOf, reference: Results) -> None:
     """Losses, first gradients, parameters and optimisers after the last step, rows that make room and expire, and the
     collectives."""
     variant, found, expected = VARIANTS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
@@ -158,41 +156,30 @@ def _collectives(name: str, num_ranks: int) -> list[str]:
 @pytest.mark.parametrize(
     ("num_ranks", "run"),
     [
-        *((2, run) for run in (*FEW, "delayed")),
+        *((2, run) for run in (*FEW, "plain delayed")),
         *(pytest.param(4, run, marks=pytest.mark.slow) for run in RUNS if run in FEW),
         *(pytest.param(2, run, marks=pytest.mark.slow) for run in ALL_RUNS if run not in FEW),
     ],
 )
-def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: Callable[[int], Results]) -> None:
+def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: ResultsOf) -> None:
     """Two numbers have one sum in either order; for more, the sums of both are Gloo's ring."""
     by_torchrun, by_horovodrun = results_of(TorchRanks(num_ranks))[run], results_of(num_ranks)[run]
     assert by_torchrun["losses_P"] == by_horovodrun["losses_P"]
-    assert by_torchrun["trained"].keys() == by_horovodrun["trained"].keys()
-    mine, theirs = by_torchrun["trained"], by_horovodrun["trained"]
-    assert [name for name, value in mine.items() if not torch.equal(value, theirs[name])] == []
+    assert_same_tensors(by_torchrun["trained"], by_horovodrun["trained"])
 
 
 @pytest.mark.parametrize("num_ranks", OTHER_WAYS_RANKS)
-class TestOverlap:
-    """Of the first variant, other ways to get through its steps."""
-
-    def test_slow_and_fast_ranks_change_no_bit(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
-        delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["plain/float64"]
-        assert delayed["losses_P"] == usual["losses_P"]
-        assert all(torch.equal(delayed["trained"][name], value) for name, value in usual["trained"].items())
-
-    @pytest.mark.parametrize("name", ["plain", "sum_rank_without_data"])
-    def test_features_held_on_the_device_change_nothing(
-        self, num_ranks: int, name: str, results_of: Callable[[int], Results]
-    ) -> None:
-        held, looked_up = results_of(num_ranks)[f"{name} held"], results_of(num_ranks)[f"{name}/float64"]
-        assert held["losses_P"] == looked_up["losses_P"]
-        assert all(torch.equal(held["trained"][key], value) for key, value in looked_up["trained"].items())
+@pytest.mark.parametrize("way", ["plain delayed", "plain held", "sum_rank_without_data held"])
+def test_no_other_way_changes_a_bit(num_ranks: int, way: str, results_of: ResultsOf) -> None:
+    """With slow and fast ranks, and with features held on the device."""
+    found, usual = results_of(num_ranks)[way], results_of(num_ranks)[f"{way.partition(' ')[0]}/float64"]
+    assert found["losses_P"] == usual["losses_P"]
+    assert_same_tensors(found["trained"], usual["trained"])
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_an_error_of_one_rank_stops_every_rank_and_in_e_before_anything_moves(
-    num_ranks: int, results_of: Callable[[int], Results]
+    num_ranks: int, results_of: ResultsOf
 ) -> None:
     """A missing key, a reader's, and one in E."""
     endings, last_rank = results_of(num_ranks)["endings"], f"RemoteRankError: rank {num_ranks - 1} failed: "

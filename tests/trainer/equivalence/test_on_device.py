@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer.main_worker import before_steps
 from tests.trainer.standing_ranks import run
 from tests.variants import STEPS
-from trainer.engine.engine import Engine, PreparedBatch, StepResult
+from trainer.engine.engine import Engine, PreparedBatch
 
 pytestmark = pytest.mark.long
 SCRIPT = str(Path(__file__).with_name("on_device.py"))
@@ -29,16 +30,15 @@ def test_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("first", "says"), [(STEPS, "a loss differs from the CPU's"), (2 * STEPS, "the losses of two runs")]
 )
-def test_other_losses_are_told(first: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_losses_are_told(first: int, says: str) -> None:
     """The first run on the device has other labels than that on the CPU, or the second one alone."""
-    steps, numbers = Engine.train_step, count(1)
+    numbers = count(1)
 
-    def otherwise(engine: Engine, prepared: PreparedBatch) -> StepResult:
+    def otherwise(_: Engine, prepared: PreparedBatch) -> None:
         number = next(numbers)
         prepared.batch.label_B[0] = number > first and number % 2
-        return steps(engine, prepared)
 
-    monkeypatch.setattr(Engine, "train_step", otherwise)
-    code, said = run([SCRIPT, "--device", "cpu", "--only", "images_none"])
+    with before_steps(otherwise):
+        code, said = run([SCRIPT, "--device", "cpu", "--only", "images_none"])
     of_run, end = said.splitlines()
     assert code == 1 and says in of_run and end == "error: 1 variants train otherwise on cpu"

@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import date
@@ -25,6 +25,7 @@ from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 from featurestore import FeatureStore
 from featurestore.format.codec import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
+from tests.trainer.main_worker import ending_of
 from tests.variants import SCHEMA_OF_LEARNED, SEED, VARIANTS, Variant, has_other_ways, runs_of
 from trainer.comm import Comm, connect
 from trainer.config import Config, RunConfig, TrainConfig
@@ -52,9 +53,8 @@ def statistics_of(url: str) -> FeatureStatistics:
 @cache
 def partition_of(url: str, rank: int, num_ranks: int, missing: str) -> FeaturePartition:
     """Read once for all variants: no run changes it."""
-    return FeaturePartition.load(
-        FeatureStore.open(url), rank, num_ranks, cache_dir=f"{url}-cache-{num_ranks}", missing=missing
-    )
+    cache = f"{url}-cache-{num_ranks}"
+    return FeaturePartition.load(FeatureStore.open(url), rank, num_ranks, cache_dir=cache, missing=missing)
 
 
 def engine_of(
@@ -168,16 +168,6 @@ def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
     return result | ending_in_e(comm, store)
 
 
-def ending_of(comm: Comm, work: Callable[[], object]) -> list[str]:
-    """How it ends on every rank."""
-    ending = "no error"
-    try:
-        work()
-    except Exception as error:
-        ending = f"{type(error).__name__}: {error}"
-    return comm.allgather_object(ending)
-
-
 def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
     """How every rank ends where E fails on the last one; whether the engine is then as it was before, and goes on."""
     usual = VARIANTS["plain"]
@@ -250,7 +240,7 @@ def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
     """Run the usual variant late, and with features held in memory."""
     results: dict[str, object] = {}
     with delays(comm.rank):
-        results["delayed"] = {**run(comm, store, VARIANTS["plain"], "float64"), "initial": None}
+        results["plain delayed"] = {**run(comm, store, VARIANTS["plain"], "float64"), "initial": None}
     for name in ("plain", "sum_rank_without_data"):
         results[f"{name} held"] = {**run(comm, store, VARIANTS[name], "float64", held=True), "initial": None}
     return results

@@ -9,23 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.remake import remake
+from tests.trainer.samples.reading import hashed
 from tests.variants import DIM, NUM_SHARDS, SEED, TEXT_DIM, Variant
 from trainer.samples.columns import bucket_ids, decode, dense_values, rules_of
 from trainer.samples.index import Piece
 from trainer.samples.reader import Batch, Jagged, assemble
 from trainer.schema.fields import Schema
-
-
-def hashed(text: str) -> int:
-    """xxh3-64 of a text as a signed number."""
-    number = xxhash.xxh3_64_intdigest(text.encode())
-    return number - (1 << 64) if number >= 1 << 63 else number
-
 
 WORDS = {hashed(word): word for word in (f"{what} ü{n}" for what in ("user", "item") for n in range(-15, 30))}
 

@@ -42,9 +42,7 @@ def tables_of(
 
 
 def table_of(shape: ExactShape | None = None, rank: int = 0, num_ranks: int = 1, **own: Any) -> ExactTable:
-    table = tables_of(shape or shape_of(), rank, num_ranks, **own)["item"]
-    assert isinstance(table, ExactTable)
-    return table
+    return tables_of(shape or shape_of(), rank, num_ranks, **own)["item"]
 
 
 def train(table: IdTable, ids: Sequence[int] | np.ndarray) -> None:

@@ -229,7 +229,6 @@ def test_bytes_are_those_of_the_arrays(rank: int) -> None:
     assert owned_bytes(SHAPE, rank, 3, hashed.optimizer.state, torch.float64) == hashed.rows.block_NW.nbytes
     shape = shape_of(1000, admit_after=3)
     table = table_of(shape, rank, 3)
-    assert table.filter is not None
     index = [table.map.id_of_place, table.map.row_of_entry]
     arrays = [*index, table.last_use, table.used_at, table.filter.counts_SC, table.rows.block_NW]
     found_bytes = sum(each.nbytes for each in arrays)

@@ -107,8 +107,7 @@ def ids_of(run: Path, table: str) -> set[int]:
 
 
 def table_of(run: Path, name: str) -> dict[str, Any]:
-    figures: dict[str, Any] = report_of(run)["tables"][name]
-    return figures
+    return report_of(run)["tables"][name]
 
 
 PREPARED: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 64}
@@ -118,9 +117,7 @@ EVICTED: dict[str, Any] = {"optim__ids": "rowwise_adagrad", "model__tables": EVI
 @pytest.mark.parametrize(
     ("settings", "steps"), [(PREPARED, (3, 4, 6)), (EVICTED, (10, 10, 25))], ids=["prepared ahead", "evictions"]
 )
-def test_resumed_exact_tables_end_with_the_same_bits(
-    exact: Train, settings: dict[str, Any], steps: tuple[int, int, int]
-) -> None:
+def test_resumed_exact_tables_are_the_same(exact: Train, settings: dict[str, Any], steps: tuple[int, int, int]) -> None:
     """With a step prepared ahead when the checkpoint is written: its ids are not counted twice; after evictions."""
     at, stop, end = steps
     through = exact("through", **settings, train__max_steps=end)

@@ -124,9 +124,7 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
 
 
 @pytest.mark.long
-def test_an_interrupted_run_ends_with_the_same(
-    places: Places, whole: Path, tmp_path: Path, scripted: list[int]
-) -> None:
+def test_an_interrupted_run_ends_the_same(places: Places, whole: Path, tmp_path: Path, scripted: list[int]) -> None:
     """Killed after its best step, which a later start has to know."""
     with interrupted_after(9):
         _run(places, "halves", tmp_path)

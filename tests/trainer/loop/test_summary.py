@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from featurestore.console.output import figure
+from tests.cli import wait_until
 from tests.faulty import full_from
 from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import assert_same, drawn_scalars, interrupted_after, report_of, run_alone
@@ -154,10 +155,8 @@ def test_weights_and_biases_has_a_run_without_a_network(
     tracker.end(failed=False)
     assert "warning" not in capsys.readouterr().err
     (file,) = tmp_path.rglob("*.wandb")
-    until_s = time.monotonic() + 60  # its own process writes, and may do so later
-    while not (b"train/loss" in (written := file.read_bytes()) and b"model.images" in written):
-        assert time.monotonic() < until_s, written
-        time.sleep(0.1)
+    # Its own process writes, and may do so later.
+    wait_until(lambda: all(word in file.read_bytes() for word in (b"train/loss", b"model.images")), file.read_bytes, 60)
 
 
 @pytest.mark.long

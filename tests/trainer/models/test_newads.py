@@ -78,7 +78,6 @@ def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
     crossed = Field(name="in_scene", side="ad", kind="id", columns=("ad_item", "ad_scene"), context=True)
     schema = Schema(fields=(*SCHEMA.fields, crossed))
     gate = build_new_ads(schema, schema.fields, _config())
-    assert gate is not None
     gate.eval()
     nothing = FieldVectors(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     given = gate(_fields([0.0, 1.0], [[0.0], [0.0]]) | {"in_scene": nothing})
@@ -110,9 +109,7 @@ def test_rows_that_start_late_cannot_tell_new_ads() -> None:
         pytest.param("id_proxy", (USER, IMAGE), {"image_dropout": 0.0}, id="no ids of ads"),
     ],
 )
-def test_models_that_have_no_use_for_a_part_have_none(
-    part: str, fields: tuple[Field, ...], values: dict[str, object]
-) -> None:
+def test_models_have_no_part_without_use(part: str, fields: tuple[Field, ...], values: dict[str, object]) -> None:
     config = _config(**{"id_proxy": part == "id_proxy", "id_width": 2, "pooling": "mean", **values})
     assert getattr(build_model(Schema(fields=fields), config), part) is None
 
@@ -194,7 +191,6 @@ def _logits(run: Path, *, pictures_count: bool) -> np.ndarray:
     """Predict with or without pictures of new ads, whatever the run has decided."""
     with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
         new_ads = opened.engine.model.new_ads
-        assert new_ads is not None
         new_ads.decide(pictures_count=pictures_count)
         return predict(opened)[0]
 
@@ -218,7 +214,6 @@ def test_what_ranks_new_ads_better_holds(run_of: Callable[[str], Path], store: s
     np.testing.assert_allclose(known.logit_N, held_N, rtol=0, atol=1e-9)
     label_N, is_new_N = known.impressions.label_N, known.is_new_ad_N
     assert metrics["logloss"] == pytest.approx(log_loss(held_N, label_N), abs=1e-6)
-    assert is_new_N is not None
     label_N, held_N, other_N = label_N[is_new_N], held_N[is_new_N], other_N[is_new_N]
     assert metrics["new_ad_auc"] == alike("new_ad_auc", auc(held_N, label_N))
     assert _distance(held_N, label_N) > _distance(other_N, label_N) + 0.5
@@ -226,9 +221,7 @@ def test_what_ranks_new_ads_better_holds(run_of: Callable[[str], Path], store: s
 
 @pytest.mark.long
 @pytest.mark.parametrize("store", [pytest.param("right", marks=pytest.mark.slow), "wrong"])
-def test_two_ranks_decide_as_one(
-    made: Places, run_of: Callable[[str], Path], store: str, two_ranks: StandingRanks
-) -> None:
+def test_ranks_decide_as_one(made: Places, run_of: Callable[[str], Path], store: str, two_ranks: StandingRanks) -> None:
     alone = run_of(store)
     settings = made.settings(run__name=f"two-{store}", data__store=made.folder / store, **SETTINGS)
     two_ranks.run("-m", "trainer.main", "--set", *settings)
@@ -294,9 +287,7 @@ def test_a_stop_in_between_leaves_all_as_it_was(did_count: bool) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("parts", ["partial", "all"])
-def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(
-    made: Places, run_of: Callable[[str], Path], parts: str
-) -> None:
+def test_a_run_that_goes_on_keeps_what_was_decided(made: Places, run_of: Callable[[str], Path], parts: str) -> None:
     """New to this run are all ads of the test samples, whose pictures E knows by heart; their rows begin anew, or are
     trained."""
     samples = made.folder / "next"

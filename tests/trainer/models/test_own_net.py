@@ -39,7 +39,6 @@ EXAMPLE = re.search(r"```python\n(from torch import nn.*?)```", (ROOT / "docs" /
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with `mypackage`, which can be imported in the module's tests."""
-    assert EXAMPLE is not None
     folder = tmp_path_factory.mktemp("packages")
     (folder / "mypackage").mkdir()
     broken = "import torch\nimport no_such_thing\n"
@@ -117,9 +116,7 @@ NO_MODULE = re.compile("^ModuleNotFoundError: No module named 'no_such")
         ("mypackage.wrong.Fixed", Problem.FIXED_PARAMETER, {"parameter": "scale"}),
     ],
 )
-def test_a_class_that_does_not_fit_is_one_line(
-    path: str, problem: Problem, values: dict[str, Any], package: Path
-) -> None:
+def test_an_unfit_class_is_one_line(path: str, problem: Problem, values: dict[str, Any], package: Path) -> None:
     with raises(ConfigError, problem, value=path, **values) as raised:
         build_model(load_schema(), ModelConfig(base=path))
     assert "\n" not in str(raised.value)
@@ -139,9 +136,7 @@ def test_an_answer_that_does_not_fit_trains_nothing(
         run_alone(places, run__dir=tmp_path, model__base=f"mypackage.wrong.{name}", model__compute_dtype="float32")
 
 
-def test_a_net_that_rank_1_alone_lacks_is_told_by_rank_0(
-    two_ranks: StandingRanks, places: SamplePlaces, tmp_path: Path
-) -> None:
+def test_rank_0_tells_that_rank_1_lacks_a_net(two_ranks: StandingRanks, places: SamplePlaces, tmp_path: Path) -> None:
     base = "tests.trainer.models.rank_1_lacks.MyNet"
     settings = places.settings(run__dir=tmp_path, model__base=base)
     (code, out), (other, _) = two_ranks.call("-m", "trainer.main", "--set", *settings)

@@ -79,7 +79,6 @@ def test_search_for_a_user(run: Path, index: str) -> None:
             for sample in np.flatnonzero(batch.group_id_B == user):
                 vector = users[batch.group_of_sample_B[sample]]
     keys, vectors = AdIndex.open(index).vectors()
-    assert vector is not None
     expected = keys[np.argsort(-(vectors @ vector))[:4]]
     done = invoke(app, "search", "--run", run, "--index", index, "--user", user, "--k", 4, code=0)
     found = [int(line.split()[0]) for line in done.stdout.splitlines()[1:]]
@@ -99,7 +98,6 @@ def test_users_are_of_the_run_s_own_test_days_and_the_newest_day_takes_others(tm
     with contextlib.closing(open_trained(run, SoloComm())) as trained:
         drawn = user_queries(trained)
         every = [users for _, users in vectors_of_users(trained)]
-    assert drawn is not None
     assert np.array_equal(np.unique(drawn, axis=0), np.unique(np.concatenate(every), axis=0))
     newest = trained_on("2026-01-04", "[]")
     done(newest, "--out", index)
@@ -156,9 +154,7 @@ def test_the_ads_of_the_run_s_samples(kind: str, run: Path, places: Places, out:
     assert f"written to   {out}, version 1" in text
 
 
-def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(
-    run: Path, places: Places, out: str, tmp_path: Path
-) -> None:
+def test_a_changed_ad_is_as_its_last_impression_has_it(run: Path, places: Places, out: str, tmp_path: Path) -> None:
     """Item 5 has image 1,005 in training and 1,017 in the last row of the last test file."""
     for split in ("train", "test"):
         (tmp_path / "samples" / split).mkdir(parents=True)
@@ -201,10 +197,8 @@ def test_a_sync_leaves_the_ads_of_the_table(run: Path, out: str, tmp_path: Path)
 
 def test_a_low_recall_is_one_line_on_stderr(run: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.prerank.adindex.reach", lambda *_: 0.41)
-    result = job(run, "--out", out, "--index", "hnsw", "--min-recall", 0.8, code=0)
-    assert result.stderr.splitlines()[-1].startswith(
-        "warning: recall@10 of this hnsw index is 0.410, below the limit of 0.8,"
-    )
+    last = job(run, "--out", out, "--index", "hnsw", "--min-recall", 0.8, code=0).stderr.splitlines()[-1]
+    assert last.startswith("warning: recall@10 of this hnsw index is 0.410, below the limit of 0.8,")
 
 
 def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:

@@ -157,9 +157,7 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("trained_with", "opened_with"), [("error", "zeros"), ("zeros", "zeros"), ("learned", "learned")]
 )
-def test_images_without_a_feature_stop_nothing(
-    three_steps: Path, tmp_path: Path, trained_with: str, opened_with: str
-) -> None:
+def test_missing_images_stop_nothing(three_steps: Path, tmp_path: Path, trained_with: str, opened_with: str) -> None:
     copy = shutil.copytree(three_steps, tmp_path / "a")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("missing: learned", f"missing: {trained_with}"))
@@ -171,9 +169,7 @@ def test_images_without_a_feature_stop_nothing(
     assert bool(read_run(copy).notes_on_missing(3)) == (trained_with == "error")
 
 
-def test_a_folder_of_runs_and_a_configuration_that_is_not_the_checkpoints_are_refused(
-    three_steps: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_runs_and_another_configuration_are_refused(three_steps: Path, tmp_path: Path) -> None:
     hint = re.compile(r"\ba$")  # the runs in it
     with raises(ConfigError, Problem.NOT_A_RUN, where=three_steps.parent, hint=hint):
         read_run(three_steps.parent)
@@ -483,9 +479,7 @@ def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: RunP
     assert steps_of(folder) == [50, 70] and values(finished(folder)[-1]) == {2.0}
 
 
-def test_a_removed_one_is_read_to_its_end_and_after_the_grace_it_is_gone(
-    folder: RunPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removed_one_is_read_to_its_end_and_then_gone(folder: RunPath, monkeypatch: pytest.MonkeyPatch) -> None:
     place = CheckpointPlace(folder)
     save(place, 50, 5.0)
     held = find_checkpoint(folder)

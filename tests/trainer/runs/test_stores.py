@@ -94,25 +94,19 @@ def test_a_run_goes_on_with_the_recorded_snapshot_of_each_content_or_one_that_is
     assert missing["titles"] > missing["images"] == 0
 
 
-BOTH = ["images", "titles"]
+BOTH, UNUSED = ["images", "titles"], (Problem.UNUSED_STORE, {"where": "tiles", "known": re.compile("^images")})
 ADDRESSES = [
     (BOTH, "data.store=a data.stores.titles=b data.store_version=3", [("images", "a", 3), ("titles", "b", None)]),
     (BOTH, "model.images=none data.stores.titles=b", []),
     (["titles"], "data.store=a", [("titles", "a", None)]),
     (["titles"], "data.store=b data.stores.titles=a", [("titles", "a", None)]),
     (BOTH, "data.store=a", (Problem.STORE_WITHOUT_ADDRESS, {"where": "titles", "value": "a"})),
-    (
-        BOTH,
-        "data.stores.titles=b data.stores.tiles=c",
-        (Problem.UNUSED_STORE, {"where": "tiles", "known": re.compile("^images")}),
-    ),
+    (BOTH, "data.stores.titles=b data.stores.tiles=c", UNUSED),
 ]
 
 
 @pytest.mark.parametrize(("contents", "settings", "found"), ADDRESSES)
-def test_data_store_is_that_of_the_images_or_the_only_one(
-    contents: list[str], settings: str, found: Any, tmp_path: Path
-) -> None:
+def test_data_store_is_the_images_or_only_one(contents: list[str], settings: str, found: Any, tmp_path: Path) -> None:
     (tmp_path / "schema.yaml").write_text(SCHEMA)
     schema = load_schema(tmp_path / "schema.yaml")
     fields = tuple(each for each in schema.fields if each.kind != "content" or each.store_name in contents)
@@ -184,9 +178,7 @@ class TestRebuilt:
         old = FeatureStore.open(own.folder / "features").info.store_id
         return old[:8], remade(own.folder / "features", permuted).info.store_id[:8]
 
-    def test_all_that_is_made_of_the_old_one_refuses_it_but_a_warm_start(
-        self, own: Places, ids: tuple[str, str], tmp_path: Path
-    ) -> None:
+    def test_all_but_a_warm_start_refuse_it(self, own: Places, ids: tuple[str, str], tmp_path: Path) -> None:
         run, features, index = own.folder / "runs/a", own.folder / "features", tmp_path / "index"
         old, new = (re.compile(f"of store {each} at") for each in ids)
         hint = re.compile(rf"data\.store .*crossmedia compat {run} {features}$")

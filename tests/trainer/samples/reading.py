@@ -38,15 +38,10 @@ def serials_of(batch: Batch) -> list[int]:
 
 def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
     """Every sample of a batch as one tuple of all its values, its group's among them."""
-    user_fields = ["user", "session", "behavior_item", "behavior_category", "behavior_image_id", "behavior_image"]
-    split = {
-        name: np.split(batch.fields[name].values_N, np.cumsum(batch.fields[name].lengths_M)[:-1])
-        for name in user_fields
-    }
-    per_group = [
-        tuple(tuple(split[name][group].tolist()) for name in user_fields)
-        for group in range(len(batch.fields["user"].lengths_M))
-    ]
+    names = ["user", "session", "behavior_item", "behavior_category", "behavior_image_id", "behavior_image"]
+    fields = [batch.fields[name] for name in names]
+    split = [np.split(each.values_N, np.cumsum(each.lengths_M)[:-1]) for each in fields]
+    per_group = [tuple(tuple(values.tolist()) for values in group) for group in zip(*split, strict=True)]
     ads = [batch.fields[name].values_N for name in ("serial", "ad_item", "ad_image", "ad_image_id", "ad_scene")]
     return [
         (*(int(field[b]) for field in ads), int(batch.label_B[b]), int(batch.group_id_B[b]), per_group[g])
@@ -93,14 +88,9 @@ def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table], row_group: int
         pq.write_table(change(pq.read_table(path, partitioning=None)), path, row_group_size=row_group)
 
 
-def words_of(item: int) -> list[int]:
-    """None to two words of an ad."""
-    return [item * 3 + n for n in range(item % 3)]
-
-
 def ad_columns(items: list[int]) -> dict[str, list[Any]]:
     """All of ads beside the packaged schema's columns, by their items; prices are from 1 to some thousands."""
-    words = [words_of(item) for item in items]
+    words = [[item * 3 + n for n in range(item % 3)] for item in items]  # none to two
     return {
         "ad_words": words,
         "ad_words_weight": [[1.0 + word % 2 for word in each] for each in words],

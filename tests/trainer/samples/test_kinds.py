@@ -124,7 +124,6 @@ def test_user_times_ad_is_the_logit_and_a_table_gives_the_vectors_of_samples(kin
             np.testing.assert_allclose(ad_vectors(trained, listed, batch_size), expected, rtol=1e-4, atol=1e-6)
         assert len(np.unique(expected.round(4), axis=0)) == len(keys)
         vector_of = dict(zip(keys, expected, strict=True))
-        assert model.context is not None
         with torch.no_grad():
             model.context.weight.zero_()
         index = open_index(trained.comm, samples, "test", trained.schema)

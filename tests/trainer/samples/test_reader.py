@@ -45,8 +45,6 @@ from trainer.schema.fields import Field, Schema
 from trainer.stages import ReadAhead, prepare_ahead
 
 Samples = tuple[Path, list[pa.Table]]
-
-
 FILES = [20, 1, 15]
 
 
@@ -402,9 +400,7 @@ def test_known_ads(samples: Samples) -> None:
     index = open_index(SoloComm(), str(folder), "train", SCHEMA)
     expected = sorted({item for row in pa.concat_tables(tables).column("ad_item").to_pylist() for item in row})
     opened: list[str] = []
-    noting = FaultyStorage(
-        index.storage, {"open_input": lambda open_input, file: opened.append(file) or open_input(file)}
-    )
+    noting = FaultyStorage(index.storage, {"open_input": lambda call, file: opened.append(file) or call(file)})
     assert known_ads(SoloComm(), replace(index, storage=noting), SCHEMA).tolist() == expected
     assert len(opened) == len(tables) < len(index.row_groups)
 

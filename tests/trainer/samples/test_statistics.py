@@ -127,9 +127,8 @@ def test_one_sample_has_statistics_where_it_has_a_number(tmp_path: Path) -> None
         table = pa.table({"user": [1], "x": pa.array([value], pa.float32()), "label": [[1]], "ad": [[5]]})
         pq.write_table(table, tmp_path / "train" / "a.parquet")
         schema = Schema(fields=(ad, *fields), new_ad_field="ad")
-        return fill_in(
-            schema, measure(SoloComm(), open_index(SoloComm(), str(tmp_path), "train", schema), schema)
-        ).fields
+        index = open_index(SoloComm(), str(tmp_path), "train", schema)
+        return fill_in(schema, measure(SoloComm(), index, schema)).fields
 
     _, found, buckets = measured(0.1, x, bucket)
     assert (found.mean, found.std, buckets.boundaries) == ((float(np.float32(0.1)),), (1.0,), ())
@@ -180,8 +179,7 @@ def trained(places: Places, name: str, **changes: Any) -> Path:
 
 
 def fields_of(run: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = checkpoint.read_state(finished(run)[-1]).origin.model["fields"]
-    return fields
+    return checkpoint.read_state(finished(run)[-1]).origin.model["fields"]
 
 
 @pytest.fixture(scope="module")
@@ -275,9 +273,7 @@ def digest(samples: str | Path, memory: Path) -> str:
     return samples_digest(comm, open_index(comm, str(samples), "train", load_schema()), memory)
 
 
-def test_known_files_are_read_once_where_no_other_may_have_written(
-    samples: Path, read: list[str], tmp_path: Path
-) -> None:
+def test_known_files_are_read_once_where_no_other_may_write(samples: Path, read: list[str], tmp_path: Path) -> None:
     """Whatever the umask: what this user keeps is for this user alone."""
     before = os.umask(0)
     try:
@@ -295,9 +291,7 @@ def test_known_files_are_read_once_where_no_other_may_have_written(
     assert digest(samples, tmp_path / "other") == first
 
 
-def test_a_changed_file_is_read_though_its_size_and_time_are_the_old_ones(
-    samples: Path, read: list[str], tmp_path: Path
-) -> None:
+def test_a_changed_file_of_the_same_size_and_time_is_read(samples: Path, read: list[str], tmp_path: Path) -> None:
     first = digest(samples, tmp_path / "c")
     file = samples / "train" / FIRST
     data = bytearray(file.read_bytes())

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.keys import key_of_uri
-from featurestore.published.paths import RemotePath, run_path
+from featurestore.published.paths import RunPath, run_path
 from featurestore.storage.storage import Storage
 from pipeline.samples.mapping import parse_ids
 from tests.cli import invoke
@@ -23,7 +23,7 @@ from tests.trainer.conftest import Places, make_places, sample_table
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, reader_of, replaced, rewrite, written
 from tests.trainer.whole_runs import run_alone
-from trainer.comm import Comm, SoloComm
+from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.problems import Problem
 from trainer.runs.folder import find_checkpoint, finished
@@ -156,15 +156,9 @@ def entries(folder: Path) -> dict[int, str]:
 
 @pytest.mark.long
 def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy: Places, s3_url: str) -> None:
-    folder, schema = run_path(f"{s3_url}/runs/far"), load_schema(str(wordy.folder / "schema.yaml"))
-    assert isinstance(folder, RemotePath)
+    folder = run_path(f"{s3_url}/runs/far")
     for size in (1, 3):
-
-        def write(comm: Comm) -> bool:
-            index = open_index(comm, str(wordy.folder / "samples"), "train", schema)
-            return write_dictionary(comm, folder, index, rules_of(schema))
-
-        assert on_ranks(size, write) == [True] * size
+        assert on_ranks(size, lambda comm: written_to(folder, wordy, comm=comm)) == [True] * size
         assert (folder / IDS_FILE).read_bytes() == (run / IDS_FILE).read_bytes()
         assert [each.path for each in Storage(folder.url).entries()] == [IDS_FILE]
     found = IdDictionary.of_run(folder)
@@ -188,17 +182,16 @@ def test_it_has_every_text_and_little_memory_writes_the_same_bytes(
     assert len(parts) > 10
 
 
-def written_to(folder: Path, places: Places, earlier: Path | None = None, samples: Path | None = None) -> bool:
-    schema = load_schema(places.folder / "schema.yaml")
-    index = open_index(SoloComm(), str(samples or places.folder / "samples"), "train", schema)
-    return write_dictionary(SoloComm(), folder, index, rules_of(schema), earlier)
+def written_to(folder: RunPath, places: Places, earlier: Path | None = None, **other: Any) -> bool:
+    """Write the dictionary of these places' samples, or of `other` ones, by one rank or by another `comm`."""
+    schema, comm = load_schema(places.folder / "schema.yaml"), other.get("comm", SoloComm())
+    index = open_index(comm, str(other.get("samples", places.folder / "samples")), "train", schema)
+    return write_dictionary(comm, folder, index, rules_of(schema), earlier)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("held", [500_000, 1], ids=["in a rank", "between parts"])
-def test_two_texts_of_one_id_are_refused(
-    held: int, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_of_one_id_are_refused(held: int, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "TEXTS_HELD", held)
     colliding = {written("item", 3), written("user", 5)}
 
@@ -278,9 +271,7 @@ def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy
 
 
 @pytest.mark.long
-def test_lookup_goes_both_ways_and_names_a_missing_or_damaged_dictionary(
-    run: Path, wordy: Places, tmp_path: Path
-) -> None:
+def test_lookup_goes_both_ways_and_names_a_wrong_dictionary(run: Path, wordy: Places, tmp_path: Path) -> None:
     def said(*arguments: object, code: int = 0) -> str:
         return invoke(app, "lookup", *arguments, code=code).output
 

@@ -23,8 +23,6 @@ DOWNLOADS = (".parquet",)
 LINKS = """[...document.querySelectorAll('a[href], area[href]')].map(link => link.href)"""
 FRAGMENTS = """[...document.querySelectorAll('a[href^="#"]')].map(link => link.getAttribute('href').slice(1))
     .filter(id => id && !document.getElementById(id))"""
-
-
 INJECTED = """[...document.querySelectorAll(
     "script:not([src]):not([type='application/json']), img[src='x'], [onclick], [onerror], [onmouseover], "
     + "a[href^='javascript:'], b")].filter(each => each.localName != 'b' || /png|alert/.test(each.textContent))

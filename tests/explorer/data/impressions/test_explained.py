@@ -236,7 +236,6 @@ def test_the_sentence_says_what_the_table_has(runs: Runs, monkeypatch: pytest.Mo
         found = explain(opened, number, 0, ids)
         plain = explain(ids, number, 0)
         helped = found.helped_most or found.hurt_most
-        assert helped is not None
         said, said_of_ids = sentence(found, {helped.picture.key: "shoes/red.jpg"}), sentence(plain, {})
         met = json.loads((runs.folder / "runs/finalmlp/report.json").read_text())["missing_lookups"]
         assert met > 0 and f"met images without a feature {met:,} times" in on_missing(opened)
@@ -252,7 +251,6 @@ def test_the_sentence_says_what_the_table_has(runs: Runs, monkeypatch: pytest.Mo
     assert "shoes/red.jpg" in said
     assert "uses only IDs" in said_of_ids
     for each, alone in zip(found.candidates, plain.candidates, strict=True):
-        assert each.ids_alone is not None
         assert each.ids_alone.logit == pytest.approx(alone.score.logit, abs=TOLERANCE)
     if found.helped_most:
         effects = [found.effect(each) for each in found.behaviors]
@@ -265,7 +263,6 @@ def check_sent(runs: Runs, opened: OpenedRun, key: int, number: int, ad: int, pa
     patch.setattr(explained, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
     group = explain(opened, number, ad).group
     expected = with_other_pictures(group, ad, [PictureName(key, None)])[0].look_alone
-    assert expected is not None
     found = explained.score_sent(group, ad, store, b"a picture")
     assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
@@ -286,7 +283,6 @@ def test_a_picture_that_is_sent_for_a_new_ad(runs: Runs, monkeypatch: pytest.Mon
     number, ad = next((number, items.index(item)) for number, items in groups for item in items if item >= 40)
     with runs.use("new-ads") as opened:
         new_ads = opened.trained.engine.model.new_ads
-        assert new_ads is not None
         new_ads.decide(pictures_count=False)
         check_sent(runs, opened, 1_046, number, ad, monkeypatch)  # of an item that training has not seen
 

@@ -73,14 +73,14 @@ def test_many_points_are_thinned_and_end_with_the_last(tmp_path: Path, monkeypat
     assert (found.steps[0], found.steps[-1], found.last) == (1, 37, 37.0)
 
 
+TWO_STAGES = {"read": {"median_ms": 2, "hidden": 0.9}, "rest": {"median_ms": 1.5, "hidden": None}}
+
+
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
         *((each, ()) for each in (None, [], {"read": None}, {"read": {"median_ms": "x"}})),
-        (
-            {"read": {"median_ms": 2, "hidden": 0.9}, "rest": {"median_ms": 1.5, "hidden": None}},
-            (StageTime("read", 2.0, True), StageTime("rest", 1.5, False)),
-        ),
+        (TWO_STAGES, (StageTime("read", 2.0, True), StageTime("rest", 1.5, False))),
     ],
 )
 def test_stages_of_a_report_where_they_are_there(stages: object, expected: tuple[StageTime, ...]) -> None:

@@ -27,8 +27,7 @@ from trainer.runs.folder import DAYS_FILE, finished
 
 @pytest.fixture
 def runs(world: World, tmp_path: Path) -> Path:
-    shutil.copytree(world.runs, tmp_path / "runs")
-    return tmp_path / "runs"
+    return shutil.copytree(world.runs, tmp_path / "runs")
 
 
 def facts(runs: Path, name: str = "both") -> RunFacts:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.raised import told
-from tests.ranks import Forks, StandingRanks, command_of, environment
+from tests.ranks import Forks, command_of, environment
 from tests.trainer.conftest import Places
 from tests.trainer.standing_ranks import run as run_here
 from trainer.problems import Problem
@@ -97,11 +97,6 @@ class Killed:
         lost = re.search(f"error: {told(Problem.LOST_RANK)}", output) is not None
         assert lost == (die_at > 0 and ranks > 1), output
         return self.seen(number, ranks)
-
-    def leg_of(self, standing: StandingRanks, number: int) -> Leg:
-        """Goes on to the end with two ranks that are there."""
-        standing.run(*self.words(number))
-        return self.seen(number, 2)
 
     def start(self, number: int, ranks: int, die_at: int = 0) -> "subprocess.Popen[str]":
         command = command_of(ranks, *self.words(number, die_at))

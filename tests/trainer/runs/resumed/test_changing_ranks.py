@@ -70,7 +70,8 @@ def test_killed_with_other_ranks_each_time(
     killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 5, **optim))
     first = forks if isinstance(ranks[0], TorchRanks) else None  # the others' launcher is horovodrun itself
     legs = [killed.leg(0, ranks[0], die_at=28, forks=first), killed.leg(1, ranks[1], die_at=34, forks=forks)]
-    legs.append(killed.leg_of(request.getfixturevalue(last), len(legs)))
+    request.getfixturevalue(last).run(*killed.words(2))
+    legs.append(killed.seen(2, 2))
     assert [leg.first_step for leg in legs] == [1, 26, 31]
     assert_no_step_or_sample_is_lost(legs, whole, steps)
     assert_same_in_float64(killed.run, undisturbed.run)
@@ -148,9 +149,7 @@ def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
     assert_same_in_float64(run_path(f"{s3_url}/runs/run"), on_disk.run)
 
 
-def test_a_run_has_the_files_of_one_version(
-    places: Places, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_of_one_version(places: Places, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another one is published between its training and its test samples; its checkpoint knows the next."""
     samples, storage = places.folder / "samples", Storage(s3_url)
     files = uploaded(samples, storage)

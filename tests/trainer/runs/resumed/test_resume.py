@@ -14,6 +14,7 @@ import pytest
 from featurestore.errors import USAGE
 from featurestore.published.paths import RunPath
 from featurestore.storage.local import DiskFiles
+from tests.featurestore.storage.test_paths import files_below
 from tests.raised import raises
 from tests.trainer.checkpoints import content_of, damage, differs, files_of, names_of, of_step, steps_of
 from tests.trainer.conftest import Places
@@ -67,18 +68,14 @@ def runs(places: Places, trained: Runs, tmp_path: Path) -> Runs:
     return Runs(places, tmp_path)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_later_checkpoints_refuse_it_untouched_and_overwriting_leaves_the_new_steps_alone(
     runs: Runs, trained: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, first = content(runs.folder), content_of(runs.step("a", 2))
+    before, first = files_below(runs.folder), content_of(runs.step("a", 2))
     refused = {"value": 2, "where": runs.folder / "a", "found": "step-00000004, step-00000006"}
     with raises(ConfigError, Problem.RUN_HAS_LATER_CHECKPOINTS, **refused):
         runs.branch("a")
-    assert content(runs.folder) == before
+    assert files_below(runs.folder) == before
     capsys.readouterr()
     again = runs.branch("a", run__overwrite=True)
     assert "removed by run.overwrite=true: step-00000004, step-00000006\n" in capsys.readouterr().out
@@ -100,11 +97,11 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
 
 def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, trained: Runs) -> None:
     other = runs.train("b", train__max_steps=4)
-    before = content(other)
+    before = files_below(other)
     later = "step-00000002, step-00000004"
     with raises(ConfigError, Problem.RUN_HAS_LATER_CHECKPOINTS, where=other, found=later):
         runs.branch("b")
-    assert content(other) == before
+    assert files_below(other) == before
     runs.branch("b", run__overwrite=True)
     assert steps_of(other) == [4, 6]
     assert_same(other, trained.folder / "expected", metrics=True)
@@ -138,9 +135,7 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, trained: Runs) -> None:
     assert_same(run, trained.folder / "expected", metrics=True)
 
 
-def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_another_start_meanwhile_ends_this_one(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a supervisor starts it again, as its settings are right."""
     claim = CheckpointPlace.claim
 
@@ -155,11 +150,11 @@ def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
 
 
 def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
-    before = content(runs.folder)
+    before = files_below(runs.folder)
     opened = open_source(RunSource(runs.folder / "a", "2"), SoloComm())
     opened.close()
     assert opened.saved.checkpoint == runs.step("a", 2)
-    assert content(runs.folder) == before
+    assert files_below(runs.folder) == before
 
 
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +176,9 @@ def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
 def test_a_finished_run_that_is_started_again_stays_as_it_is_and_names_settings_that_it_does_not_use(
     runs: Runs, resume: str | int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = content(runs.folder / "a")
+    before = files_below(runs.folder / "a")
     runs.train("a", run__resume=resume, train__log_every=3)
-    assert content(runs.folder / "a") == before
+    assert files_below(runs.folder / "a") == before
     said = " ".join(capsys.readouterr().out.split())
     assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in said
     assert "nothing to do, not used: train.log_every=3; a larger train.max_steps continues it" in said
@@ -199,9 +194,7 @@ def test_a_run_without_its_report_gets_one_and_trains_longer_where_it_is_to(runs
     assert report_of(run)["global_step"] == 7 and steps_of(run)[-1] == 7
 
 
-def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_again(
-    places: Places, runs: Runs
-) -> None:
+def test_settings_that_the_checkpoint_refuses_are_not_tried_again(places: Places, runs: Runs) -> None:
     """Only the ranks find them out."""
     settings = places.settings(run__dir=runs.folder, run__name="a", run__resume="auto", model__mlp=[9, 4])
     words = ["--max-np", "1", "--", "python", "-m", "trainer.main", *settings, "train.seed=3"]
@@ -259,11 +252,11 @@ def test_if_all_are_damaged_the_newest_is_named(places: Places, tmp_path: Path) 
     run = runs.train("a", train__max_steps=4)
     for step in (2, 4):
         damage(run, step, "state.json", "cut")
-    before = content(run)
+    before = files_below(run)
     reason = re.compile(r"step-00000004/state\.json")
     with raises(DamagedCheckpointError, Problem.CHECKPOINT_FILE_BAD, reason=reason):
         runs.train("a", run__resume="auto")
-    assert content(run) == before, "nothing was touched"
+    assert files_below(run) == before, "nothing was touched"
 
 
 def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
@@ -280,15 +273,12 @@ def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
     def resume(comm: Comm, resume: str = "auto") -> tuple[Trained, list[SkippedCheckpoint]]:
         config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", f"run.resume={resume}"])
 
-        def open_at(
-            resumed: Resumed | None, skipped: list[SkippedCheckpoint]
-        ) -> tuple[Trained, list[SkippedCheckpoint]]:
-            assert resumed is not None
+        def load(resumed: Resumed | None, skipped: list[SkippedCheckpoint]) -> tuple[Trained, list[SkippedCheckpoint]]:
             trained = Trained(comm.rank, comm.size)
             checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
             return trained, skipped
 
-        return continued(comm, config, run, open_at)
+        return continued(comm, config, run, load)
 
     for size in (1, 2, 3):
         for trained, skipped in on_ranks(size, resume):

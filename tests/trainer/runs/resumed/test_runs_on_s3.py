@@ -14,6 +14,7 @@ from tests.raised import raises
 from tests.servers import Server, environment_of, new_bucket
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.conftest import Places
+from tests.trainer.main_worker import before_steps
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, TakenOverError
@@ -32,9 +33,8 @@ def train_on(places: Places, folder: object, name: str = "a", **changes: Any) ->
 @pytest.fixture(scope="module")
 def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[RemotePath, Path]:
     """The same run on S3 and on a disk."""
-    far, near = (train_on(places, runs) for runs in (f"{new_bucket()}/runs", tmp_path_factory.mktemp("near") / "runs"))
-    assert isinstance(far, RemotePath) and isinstance(near, Path)
-    return far, near
+    folders = f"{new_bucket()}/runs", tmp_path_factory.mktemp("near") / "runs"
+    return tuple(train_on(places, folder) for folder in folders)
 
 
 def called(*words: object) -> str:
@@ -55,9 +55,7 @@ def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[RemotePath, Path]) ->
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_every_command_reads_it_as_one_of_a_disk(
-    far_and_near: tuple[RemotePath, Path], places: Places, tmp_path: Path
-) -> None:
+def test_every_command_reads_it_alike(far_and_near: tuple[RemotePath, Path], places: Places, tmp_path: Path) -> None:
     far, near = far_and_near
     for run in far_and_near:
         called("trainer.evaluate", run, "--bootstrap", 5)
@@ -93,17 +91,13 @@ def test_a_run_that_is_there_is_refused_or_replaced(places: Places, s3_url: str)
     assert steps_of(far) == [2, 4, 6]
 
 
-def test_a_second_start_ends_the_first(places: Places, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, begun = Engine.train_step, []
-
-    def taken_over(engine: Engine, prepared: Any) -> Any:
-        if engine.num_steps == 5 and not begun:
-            begun.append(True)
+def test_a_second_start_ends_the_first(places: Places, s3_url: str) -> None:
+    def take_over(engine: Engine, _: object) -> None:
+        if engine.num_steps == 5:
             CheckpointPlace(run_path(s3_url) / "a").claim()  # as a start elsewhere does
-        return step(engine, prepared)
 
-    monkeypatch.setattr(Engine, "train_step", taken_over)
-    with raises(TakenOverError, Problem.TAKEN_OVER, where=f"{run_path(s3_url)}/a/checkpoints"):
+    refused = raises(TakenOverError, Problem.TAKEN_OVER, where=f"{run_path(s3_url)}/a/checkpoints")
+    with refused, before_steps(take_over):
         train_on(places, s3_url)
     there = steps_of(run_path(s3_url) / "a")
     assert there[0] == 2 and 6 not in there
@@ -111,25 +105,21 @@ def test_a_second_start_ends_the_first(places: Places, s3_url: str, monkeypatch:
 
 @pytest.mark.services
 def test_s3_that_is_away_for_a_while_stops_nothing(
-    places: Places, far_and_near: tuple[RemotePath, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: Places, far_and_near: tuple[RemotePath, Path], tmp_path: Path
 ) -> None:
     """The server is killed before a checkpoint, and comes back after the next steps: these are not waited for."""
-    folder, step, seen = tmp_path / "server", Engine.train_step, []
-    folder.mkdir()
-    server = Server(folder)
+    server, seen = Server(tmp_path), list[int]()
 
-    def step_without(engine: Engine, prepared: Any) -> Any:
+    def go_without(engine: Engine, _: object) -> None:
         if engine.num_steps == 2:
             server.kill()
         if engine.num_steps == 5:
             seen.append([thread.name for thread in threading.enumerate()].count("checkpoint"))
             server.start()
-        return step(engine, prepared)
 
     server.start()
     try:
-        with environment_of(server.endpoint):
-            monkeypatch.setattr(Engine, "train_step", step_without)
+        with environment_of(server.endpoint), before_steps(go_without):
             far = train_on(places, new_bucket(), train__checkpoint_every=3)
             assert seen == [1], "it was being written while steps were made"
             assert steps_of(far) == [3, 6]
@@ -160,9 +150,7 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
 
 
 @pytest.mark.parametrize("setting", ["run.dir", "data.samples", "data.store", "run.resume", "run.warm_start"])
-def test_a_bucket_that_is_not_there_is_named_by_one_line(
-    setting: str, places: Places, missing_bucket: str, tmp_path: Path
-) -> None:
+def test_a_missing_bucket_is_one_line(setting: str, places: Places, missing_bucket: str, tmp_path: Path) -> None:
     settings = places.settings(run__dir=tmp_path, run__name="a")
     words = [f"--set={each}" for each in [*settings, f"{setting}={missing_bucket}/a"]]
     called = call(["trainer.main", *words])
