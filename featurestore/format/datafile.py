@@ -407,7 +407,9 @@ def open_entry(
                 except MemoryError:  # a manifest may name any size
                     _check_size(path, storage.size(entry.path), entry)
                     raise
-                _read_verified_into(storage, entry, check, view)
+                _check_size(path, storage.read_into(entry.path, view), entry)
+                if digest_of(view, check) != getattr(entry, check):
+                    raise errors.CorruptFileError(Problem.DIGEST_DIFFERS, path, check)
                 source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
             elif entry.bytes > _SMALL_BYTES:
                 source = stack.enter_context(storage.open_input(entry.path))
@@ -432,13 +434,6 @@ def open_entry(
 @lru_cache(maxsize=64)
 def _parsed(info: bytes) -> StoreInfo:
     return StoreInfo.model_validate_json(info)
-
-
-def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view: memoryview) -> None:
-    path = storage.full(entry.path)
-    _check_size(path, storage.read_into(entry.path, view), entry)
-    if digest_of(view, check) != getattr(entry, check):
-        raise errors.CorruptFileError(Problem.DIGEST_DIFFERS, path, check)
 
 
 def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:

@@ -269,17 +269,14 @@ class CheckpointPlace:
             if found.version == known.version:  # a file is gone
                 raise StorageError(*failure.args) from failure
             if found.publication not in self._tried:
-                raise self._taken_over(found) from failure
+                writer = f", {found.writer}" if found.writer else ""
+                raise TakenOverError(Problem.TAKEN_OVER, checkpoints_of(self.run), writer) from failure
             self._known = found
             if dict(found.files) != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
                 return
         if gone := versions.missing(self._storage, files.values()):  # since `publish` looked, as this run was away
             raise StorageError(Problem.REMOVED_BEFORE_PUBLISHED, self._storage.full(gone[0]))
-
-    def _taken_over(self, by: versions.PublishedVersion) -> TakenOverError:
-        writer = f", {by.writer}" if by.writer else ""
-        return TakenOverError(Problem.TAKEN_OVER, checkpoints_of(self.run), writer)
 
 
 def _stem(name: str) -> str:
