@@ -427,7 +427,7 @@ def open_entry(
                 raise
             raise errors.CorruptFileError(Problem.DAMAGED, path, error) from error
         if file.num_rows != entry.rows:
-            raise errors.CorruptFileError(Problem.WRONG_ROW_COUNT, path, file.num_rows, entry.rows)
+            raise errors.CorruptFileError(Problem.WRONG_NUMBER, path, file.num_rows, "rows", entry.rows)
         yield file
 
 
@@ -438,7 +438,7 @@ def _parsed(info: bytes) -> StoreInfo:
 
 def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
     if size_bytes != entry.bytes:
-        raise errors.CorruptFileError(Problem.WRONG_SIZE, path, size_bytes, entry.bytes)
+        raise errors.CorruptFileError(Problem.WRONG_NUMBER, path, size_bytes, "bytes", entry.bytes)
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:

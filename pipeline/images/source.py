@@ -340,7 +340,7 @@ def _disk_errors(address: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(Problem.CANNOT_LIST, error.filename or address, refusal(error)) from error
+        raise SourceError(Problem.REFUSED, "list", error.filename or address, refusal(error)) from error
 
 
 def _list_table(address: str) -> Listing:

@@ -347,7 +347,7 @@ class Checkpointer:
         """
         outcome = self.begin(trained, state, keep, best, beside=False) or self.wait()
         if outcome is not None and outcome.error:
-            raise CheckpointError(Problem.RUN_FILE_UNWRITABLE, self._place.address(state.step), outcome.error)
+            raise CheckpointError(Problem.REFUSED, "write", self._place.address(state.step), outcome.error)
         return self._place.address(state.step)
 
     def begin(
@@ -520,7 +520,7 @@ def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cach
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     checkpoint = comm.on_rank_0(partial(into.at, step))
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
-    with comm.agreed(), saying(Problem.LATER_CHECKPOINTS_KEPT, checkpoint):
+    with comm.agreed(), saying("remove the checkpoints after", checkpoint):
         if comm.rank == 0:
             into.remove(conflicting_checkpoints(into.run, checkpoint))
     return checkpoint

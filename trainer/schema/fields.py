@@ -209,11 +209,11 @@ class Schema(BaseModel):
     def _names_and_widths_agree(self) -> Self:
         seen: set[str] = set()
         first_of: dict[str, Field] = {}
+        lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
         for field in self.fields:
             if field.name in seen:
                 raise ValueError(Problem.FIELD_TWICE.of(field.name))
             seen.add(field.name)
-            lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
             is_list = (field.kind, field.side) == ("multi_id", "user")
             if field.beside is not None and not (is_list and field.beside in lists):
                 raise ValueError(Problem.WRONG_BESIDE.of(field.name, field.beside, ", ".join(lists) or "none"))

@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_on_any_file_system(folder, m
         return scandir(place)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with raises(SourceError, Problem.CANNOT_LIST, where=deep, reason="Permission denied"):
+    with raises(SourceError, Problem.REFUSED, action="list", where=deep, reason="Permission denied"):
         list_images(str(folder))
     # The `find` of fsspec omits what it cannot list.
 
