@@ -243,7 +243,7 @@ class ParquetSlice:
                     yield self._block(batch, first)
                     first += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise VectorImportError(Problem.UNREADABLE, self.path, error) from error
+            raise VectorImportError(Problem.REFUSED, "read", self.path, error) from error
 
     def _block(self, batch: pa.RecordBatch, first: int) -> VectorBlock:
         reasons_N = np.full(len(batch), "", object)

@@ -132,7 +132,6 @@ class Problem(Sentences):
     UNKNOWN_COLUMN = "{where}.columns.{value} is unknown; known: {known}"
     UNKNOWN_FORMAT = "not an image of a known format ({known})"
     UNKNOWN_PROTOCOL = "{value}:// is none of {known}"
-    UNREADABLE = "{where}: cannot be read: {reason}"
     UNREADABLE_AS = "{where}: not readable as {form}: {reason}"
     USER_OF_BEHAVIORS = "behaviors has no user columns; those of users belong below impressions"
     VALUE_OF_BOTH = "{value} is a value of rows and of clicks"

@@ -28,7 +28,6 @@ class Problem(Sentences):
     COLUMN_REPEATED = "{where}: column {column} is in it {value} times; write the file with only one"
     COLUMN_TWICE = "{where}: column {value} is in it twice; rename one of them{hint}"
     CONTEXT_OF_NO_AD = "field {where}: context=true is for side ad and kinds id, multi_id and dense, not for {its_kind} of side {its_side}"
-    DATA_UNREADABLE = "{where} cannot be read: {reason}"
     DAYS_FILE_UNUSABLE = "{where} cannot be used: {reason}; choose another run.dir or run.name"
     DAYS_OF_OTHER_SETTINGS = "{where} has other settings; set them back, or choose another run.name:\n  {differing}"
     DAY_FOR_BOTH = "data.train_days and data.test_days share {value}; a day is for one"

@@ -384,7 +384,7 @@ def _read_table(address: str) -> pa.Table:
     except FileNotFoundError as error:
         raise SourceNotFoundError(Problem.NO_IMAGES_THERE, address) from error
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise SourceError(Problem.UNREADABLE, address, one_line(error)) from error
+        raise SourceError(Problem.REFUSED, "read", address, one_line(error)) from error
     if "uri" not in table.column_names:
         raise SourceError(Problem.NO_URI_COLUMN, address)
     return table
