@@ -20,7 +20,6 @@ faiss: Any = _typed_faiss  # its stubs lack some of the classes
 Vectors = Float32Array
 
 NOT_FOUND = np.float32(-np.inf)
-_LARGEST_CODE = 255
 _CLASSES: dict[IndexKind, Any] = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat}
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 200, 128  # of hnsw; the inner product, no distance, needs more than usual
 _LARGEST_EFFORT = 16 * _SEARCH_EFFORT
