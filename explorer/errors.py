@@ -1,18 +1,16 @@
 """Errors of the explorer, and what pages do about those of others."""
 
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
-from featurestore.errors import USAGE, UserError
+from featurestore.errors import UsageError, UserError
 from featurestore.text import one_line
 
 T = TypeVar("T")
 
 
-class ExplorerError(UserError):
+class ExplorerError(UsageError):
     """An option or a request of the user does not work."""
-
-    exit_code: ClassVar[int] = USAGE
 
 
 class NotHereError(ExplorerError):

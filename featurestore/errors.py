@@ -1,7 +1,8 @@
 """Errors that end a command with one line, and those of a feature store.
 
 UserError                     root of all errors of ours, also of pipeline.errors and trainer.errors
-└── OutputPlaceError        a file that was asked for cannot be written where it was asked for
+└── UsageError              an argument or setting is wrong: the second base of those that end a command with 2
+    └── OutputPlaceError    a file that was asked for cannot be written where it was asked for
 FeatureStoreError
 ├── StoreNotFoundError      no store at the address
 ├── StoreExistsError        a store is there already
@@ -65,9 +66,8 @@ class Sentences(StrEnum):
 class UserError(Exception):
     """An error whose text is one message for the user who started a command, which ends with `exit_code`.
 
-    1: the command failed. 2: an argument or setting is wrong, or names a missing thing. `problem` is a sentence of
-    `Sentences` and `values` are what it tells; or the words of another error, which are told as they are. A value that
-    is an exception is kept as its words.
+    `problem` is a sentence of `Sentences` and `values` are what it tells; or the words of another error, which are told
+    as they are. A value that is an exception is kept as its words.
     """
 
     exit_code: ClassVar[int] = FAILED
@@ -90,6 +90,12 @@ class UserError(Exception):
         return self.problem.of(*self.args[1:]) if isinstance(self.problem, Sentences) else str(self.problem)
 
 
+class UsageError(UserError):
+    """An argument or setting is wrong, or names a missing thing: the command ends with 2."""
+
+    exit_code = USAGE
+
+
 @contextmanager
 def naming(place: str, name: str) -> Iterator[None]:
     """Let the errors of the block name `name` in the place of a file or folder that its user does not know."""
@@ -102,44 +108,32 @@ def naming(place: str, name: str) -> Iterator[None]:
         raise
 
 
-class OutputPlaceError(UserError):
+class OutputPlaceError(UsageError):
     """A file that was asked for cannot be written where it was asked for."""
-
-    exit_code = USAGE
 
 
 class FeatureStoreError(UserError):
     """Root of all errors of the feature store."""
 
 
-class StoreNotFoundError(FeatureStoreError):
+class StoreNotFoundError(FeatureStoreError, UsageError):
     """No store at the address."""
 
-    exit_code = USAGE
 
-
-class StoreExistsError(FeatureStoreError):
+class StoreExistsError(FeatureStoreError, UsageError):
     """A store is at the address already."""
 
-    exit_code = USAGE
 
-
-class SnapshotNotFoundError(FeatureStoreError):
+class SnapshotNotFoundError(FeatureStoreError, UsageError):
     """The version was never committed, or its manifest has been removed."""
 
-    exit_code = USAGE
 
-
-class PinError(FeatureStoreError):
+class PinError(FeatureStoreError, UsageError):
     """The name of a pin is taken, unknown, or not valid."""
 
-    exit_code = USAGE
 
-
-class ChannelError(FeatureStoreError):
+class ChannelError(FeatureStoreError, UsageError):
     """The name of a channel is unknown, or not valid."""
-
-    exit_code = USAGE
 
 
 class FormatVersionError(FeatureStoreError):
@@ -158,20 +152,16 @@ class InvalidRowsError(FeatureStoreError):
     """Rows that no store may hold: not finite, wrong shape or dtype."""
 
 
-class DimsError(InvalidRowsError):
+class DimsError(InvalidRowsError, UsageError):
     """A compact store of these rows cannot have this width."""
-
-    exit_code = USAGE
 
 
 class KeyCollisionError(InvalidRowsError):
     """Two different uris under one key."""
 
 
-class KeyFileError(InvalidRowsError):
+class KeyFileError(InvalidRowsError, UsageError):
     """A file of keys or uris that cannot be read, is empty, or has something else."""
-
-    exit_code = USAGE
 
 
 class ImageNameError(FeatureStoreError):
@@ -190,28 +180,20 @@ class CorruptFileError(FeatureStoreError):
     """A file is damaged, truncated or replaced."""
 
 
-class QueryError(FeatureStoreError):
+class QueryError(FeatureStoreError, UsageError):
     """A request that a feature server does not understand."""
 
-    exit_code = USAGE
 
-
-class PasswordError(FeatureStoreError):
+class PasswordError(FeatureStoreError, UsageError):
     """A password in an address, which configurations, reports and logs would show."""
 
-    exit_code = USAGE
 
-
-class AddressError(FeatureStoreError):
+class AddressError(FeatureStoreError, UsageError):
     """An address without a bucket, or of a scheme that nothing here opens."""
 
-    exit_code = USAGE
 
-
-class TokenFileError(FeatureStoreError):
+class TokenFileError(FeatureStoreError, UsageError):
     """A file of tokens is missing, has no token, or one that can be guessed."""
-
-    exit_code = USAGE
 
 
 class ServerError(FeatureStoreError):
@@ -234,16 +216,12 @@ class StorageError(FeatureStoreError):
     """The disk or the object store refused; the cause is kept."""
 
 
-class NotAFolderError(StorageError):
+class NotAFolderError(StorageError, UsageError):
     """A file is there where a folder is needed."""
 
-    exit_code = USAGE
 
-
-class BucketNotFoundError(StorageError):
+class BucketNotFoundError(StorageError, UsageError):
     """The object store has no such bucket."""
-
-    exit_code = USAGE
 
 
 class UnsafeBackendError(StorageError):

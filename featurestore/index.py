@@ -20,7 +20,6 @@ faiss: Any = _typed_faiss  # its stubs lack some of the classes
 Vectors = Float32Array
 
 NOT_FOUND = np.float32(-np.inf)
-_LARGEST_CODE = 255
 _CLASSES: dict[IndexKind, Any] = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat}
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 200, 128  # of hnsw; the inner product, no distance, needs more than usual
 _LARGEST_EFFORT = 16 * _SEARCH_EFFORT
@@ -68,10 +67,13 @@ class VectorIndex:
         for numbers that are not finite.
         """
         keys_N, vectors_ND = _checked(keys_N, vectors_ND)
-        centre_D = np.zeros(vectors_ND.shape[1], np.float32)
+        dim = vectors_ND.shape[1]
+        centre_D, base = np.zeros(dim, np.float32), faiss.IndexFlatIP(dim)
         if kind != "flat":
             centre_D = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
-        index = faiss.IndexIDMap(_empty(kind, len(centre_D)))
+            base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+            base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
+        index = faiss.IndexIDMap(base)
         index.add_with_ids(vectors_ND - centre_D, keys_N)
         return cls(index, centre_D)
 
@@ -134,14 +136,6 @@ class VectorIndex:
                 return cls(faiss.deserialize_index(file["index"]), file["centre"])
         except _NO_INDEX as failure:
             raise CorruptFileError(Problem.NOT_AN_INDEX, failure) from failure
-
-
-def _empty(kind: IndexKind, dim: int) -> Any:
-    if kind == "flat":
-        return faiss.IndexFlatIP(dim)
-    base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
-    base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
-    return base
 
 
 def _checked(keys_N: Int64Array, vectors_ND: Vectors) -> tuple[Int64Array, Vectors]:

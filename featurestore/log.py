@@ -191,7 +191,7 @@ def _newest(storage: Storage) -> Manifest:
             return read(storage, known[-1]) if known else EMPTY
         except FileNotFoundError:
             continue
-    raise StorageError(Problem.MANIFESTS_VANISHED, storage.url, _MAX_LISTINGS)
+    raise StorageError(Problem.LISTED_BUT_MISSING, "manifests", storage.url, _MAX_LISTINGS)
 
 
 def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> Manifest:

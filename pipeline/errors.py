@@ -1,6 +1,6 @@
 """The tree of errors that the pipeline raises; all of them survive pickling between Dask workers and the client."""
 
-from featurestore.errors import USAGE, UserError
+from featurestore.errors import UsageError, UserError
 
 
 class PipelineError(UserError):
@@ -11,26 +11,20 @@ class SourceError(PipelineError):
     """The images cannot be listed: a table without the columns needed, a file that cannot be read."""
 
 
-class SourceNotFoundError(SourceError):
+class SourceNotFoundError(SourceError, UsageError):
     """There is no such folder or table of images, or no image in it."""
-
-    exit_code = USAGE
 
 
 class BadImageError(PipelineError):
     """One image cannot be read or decoded: `str(error)` is the reason that goes into quarantine, the run continues."""
 
 
-class BackboneError(PipelineError):
+class BackboneError(PipelineError, UsageError):
     """There is no such network or layer, or it gives more than one vector per image."""
 
-    exit_code = USAGE
 
-
-class WeightsError(PipelineError):
+class WeightsError(PipelineError, UsageError):
     """The network's weights cannot be had or do not fit the network."""
-
-    exit_code = USAGE
 
 
 class StoreRunError(PipelineError):
@@ -41,10 +35,8 @@ class VectorImportError(PipelineError):
     """Imported vectors are not of the promised kind, or cannot be imported."""
 
 
-class VectorsNotFoundError(VectorImportError):
+class VectorsNotFoundError(VectorImportError, UsageError):
     """There is no such file or folder, or no vectors in it."""
-
-    exit_code = USAGE
 
 
 class DemoError(PipelineError):
@@ -59,17 +51,13 @@ class SchedulerUnreachableError(ClusterError):
     """No scheduler answers at the address."""
 
 
-class InsecureSchedulerError(ClusterError):
+class InsecureSchedulerError(ClusterError, UsageError):
     """A scheduler is beyond loopback and without TLS."""
-
-    exit_code = USAGE
 
 
 class SampleError(PipelineError):
     """The logs cannot be made into sample groups."""
 
 
-class SampleOptionError(SampleError):
+class SampleOptionError(SampleError, UsageError):
     """An option makes no sense, would destroy something, or names a missing place."""
-
-    exit_code = USAGE

@@ -243,7 +243,7 @@ class ParquetSlice:
                     yield self._block(batch, first)
                     first += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise VectorImportError(Problem.UNREADABLE, self.path, error) from error
+            raise VectorImportError(Problem.REFUSED, "read", self.path, error) from error
 
     def _block(self, batch: pa.RecordBatch, first: int) -> VectorBlock:
         reasons_N = np.full(len(batch), "", object)
@@ -381,11 +381,6 @@ class XdlSlice(RecordSlice):
         return VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND, bad)
 
 
-def record_dtype(dim: int) -> np.dtype[np.void]:
-    """Return the type of one record."""
-    return np.dtype([("key", "<i8"), ("vector", "<f4", (dim,))])
-
-
 def looks_like(address: str) -> bool:
     """Return whether an address has files that are named as these."""
     return any(NAME.fullmatch(entry.path) for entry in find_files(address)[1])
@@ -395,7 +390,7 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
     """Cut the folder of files into slices of some megabytes. Raises VectorImportError."""
     dim = dim or XDL_DIM
     storage, entries = find_files(address)
-    record = record_dtype(dim)
+    record = np.dtype([("key", "<i8"), ("vector", "<f4", (dim,))])
     slices: list[XdlSlice] = []
     used, torn = [], []
     for entry in entries:

@@ -11,17 +11,15 @@ UserError
         └── NotFiniteError         logits that are not finite numbers
 """
 
-from featurestore.errors import USAGE, UserError
+from featurestore.errors import UsageError, UserError
 
 
 class ServingError(UserError):
     """Root of all errors of serving."""
 
 
-class BundleNotFoundError(ServingError):
+class BundleNotFoundError(ServingError, UsageError):
     """No bundle at the address, or no such version of it."""
-
-    exit_code = USAGE
 
 
 class BrokenBundleError(ServingError):
@@ -40,10 +38,8 @@ class NotFiniteError(RequestError):
     """A request whose logits are not finite numbers."""
 
 
-class ServerSettingsError(ServingError):
+class ServerSettingsError(ServingError, UsageError):
     """An option of the server does not work: a certificate, a key, a missing folder."""
-
-    exit_code = USAGE
 
 
 class ListenError(ServingError):

@@ -77,7 +77,7 @@ def write(folder: RunPath) -> list[dict[str, Any]]:
     try:
         write_json_file(folder / TABLE_FILE, found)
     except (OSError, StorageError) as failure:
-        raise TrainerError(Problem.RUN_FILE_UNWRITABLE, folder / TABLE_FILE, failure) from failure
+        raise TrainerError(Problem.REFUSED, "write", folder / TABLE_FILE, failure) from failure
     return found
 
 
@@ -331,7 +331,7 @@ def _set_test_day(day: Day) -> None:
     try:
         save_config(load_saved(file).changed(data={"test_days": [day.test_day]}), file)
     except (OSError, StorageError) as failure:
-        raise TrainerError(Problem.RUN_FILE_UNWRITABLE, file, failure) from failure
+        raise TrainerError(Problem.REFUSED, "write", file, failure) from failure
 
 
 def _days_of(samples: str) -> list[str]:

@@ -17,33 +17,27 @@ TrainerError
     └── LateRankError another rank has not come to a collective in time
 """
 
-from featurestore.errors import USAGE, UserError
+from featurestore.errors import UsageError, UserError
 
 
 class TrainerError(UserError):
     """Root of all errors of the trainer."""
 
 
-class ConfigError(TrainerError):
+class ConfigError(TrainerError, UsageError):
     """A setting is unknown, out of range, or does not fit another."""
 
-    exit_code = USAGE
 
-
-class SchemaError(TrainerError):
+class SchemaError(TrainerError, UsageError):
     """The schema of the samples contradicts itself or the model."""
-
-    exit_code = USAGE
 
 
 class DataError(TrainerError):
     """A sample file or a value in it cannot be used."""
 
 
-class DataNotFoundError(DataError):
+class DataNotFoundError(DataError, UsageError):
     """The samples, the table or the index of ads do not exist."""
-
-    exit_code = USAGE
 
 
 class OverflowingValueError(DataError):
@@ -57,26 +51,20 @@ class CheckpointError(TrainerError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
-class CheckpointNotFoundError(CheckpointError):
+class CheckpointNotFoundError(CheckpointError, UsageError):
     """The checkpoint does not exist."""
-
-    exit_code = USAGE
 
 
 class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing or damaged, as its text says."""
 
 
-class RunMismatchError(CheckpointError):
+class RunMismatchError(CheckpointError, UsageError):
     """The checkpoint belongs to another run: its settings, samples or features differ."""
 
-    exit_code = USAGE
 
-
-class TakenOverError(CheckpointError):
+class TakenOverError(CheckpointError, UsageError):
     """Another start of the run has begun since, and continues it: this one must not be started again."""
-
-    exit_code = USAGE
 
 
 class AdIndexError(TrainerError):

@@ -22,7 +22,7 @@ import typer
 from typer.main import get_command
 
 from featurestore.console.commandline import OK, STOPPED, CommandApp, run_app, takes
-from featurestore.errors import FAILED, USAGE, UserError
+from featurestore.errors import FAILED, USAGE, UsageError, UserError
 from featurestore.published.paths import RunPath, run_path
 from featurestore.text import count_text, printable
 from trainer.config import load_config
@@ -414,8 +414,7 @@ class Supervisor:
             try:
                 return await asyncio.to_thread(self.command.newest_step)
             except (UserError, OSError) as failure:
-                typed = getattr(failure, "exit_code", FAILED) == USAGE
-                if typed or time.monotonic() > end_s or self.stop.is_set():
+                if isinstance(failure, UsageError) or time.monotonic() > end_s or self.stop.is_set():
                     raise
                 self.printer.say(f"cannot read the checkpoints: {failure}; trying again")
                 await self._pause(self.options.backoff_s)

@@ -162,7 +162,7 @@ def _end(trials: Sequence[Trial]) -> None:
         write_json_file(folder / TABLE_FILE, rows)
         write_file(folder / SETTINGS_FILE, format_yaml(best_settings(trials[best], rows[best]["epoch"])))
     except (OSError, StorageError) as failure:
-        raise TrainerError(Problem.RUN_FILE_UNWRITABLE, folder / TABLE_FILE, failure) from failure
+        raise TrainerError(Problem.REFUSED, "write", folder / TABLE_FILE, failure) from failure
     _show(rows, best, folder)
 
 

@@ -50,7 +50,10 @@ def verify(
     if absent is not None:
         if version is not None:
             raise typer.BadParameter(Problem.ABSENT_READS_ALL.of(), param_hint="--absent")
-        _prove_absent(url, absent)
+        images, store = upkeep.purge.read_images(absent), open_store(url)
+        with progress_bar("files") as progress:
+            traces = upkeep.purge.find_traces(store.storage, images, progress)
+        show_absence(traces, images, store.url)
         return
     from featurestore.published.versions import find_channel
 
@@ -65,13 +68,6 @@ def verify(
     looked_at = f"{count_text(report.num_manifests, 'manifest')}, {count_text(report.num_files, 'file')}"
     print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}, {report.num_bytes:,} bytes")
     raise typer.Exit(1 if report.problems else 0)
-
-
-def _prove_absent(url: str, file: Path) -> None:
-    images, store = upkeep.purge.read_images(file), open_store(url)
-    with progress_bar("files") as progress:
-        report = upkeep.purge.find_traces(store.storage, images, progress)
-    show_absence(report, images, store.url)
 
 
 @app.command(epilog="Example: `crossmedia store repair data/features --dry-run`")

@@ -88,7 +88,10 @@ class FeatureClient:
         self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
         self._client = flight.FlightClient(address, tls_root_certs=ca, generic_options=_WINDOW)
         try:
-            described = self._describe(version)
+            action = flight.Action(protocol.DESCRIBE, protocol.Asked(version=version).model_dump_json().encode())
+            with self._translated():
+                (answer,) = self._client.do_action(action, self._options)
+            described = protocol.parse_message(protocol.Described, answer.body.to_pybytes())
         except BaseException:
             self.close()
             raise
@@ -131,13 +134,6 @@ class FeatureClient:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
-
-    def _describe(self, version: int | None) -> protocol.Described:
-        """Request the description of a snapshot, by default the newest."""
-        action = flight.Action(protocol.DESCRIBE, protocol.Asked(version=version).model_dump_json().encode())
-        with self._translated():
-            (answer,) = self._client.do_action(action, self._options)
-        return protocol.parse_message(protocol.Described, answer.body.to_pybytes())
 
     def _ask(self, keys_U: Int64Array, out_UD: AnyArray | None) -> BoolArray:
         """Ask for keys, call by call, and return which are missing; without `out_UD` no features are sent."""

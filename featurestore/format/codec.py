@@ -143,7 +143,8 @@ class Basis:
         try:
             arrays = tensors.load(data)
             mean_D, components_KD, spectrum_K = (arrays[name] for name in ("mean", "components", "spectrum"))
-            origin = BasisOrigin.model_validate_json(file_metadata(data)[_ABOUT])
+            header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` leaves out the texts in it
+            origin = BasisOrigin.model_validate_json(header["__metadata__"][_ABOUT])
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_mistake(error) if isinstance(error, ValidationError) else error
             raise CorruptFileError(Problem.NOT_A_BASIS, path, why) from error
@@ -177,13 +178,6 @@ def write_basis(storage: Storage, basis: Basis) -> ReductionSpec:
     storage.write_bytes(path, data)
     read_verified(storage, path, "sha256", sha256)
     return ReductionSpec(path=path, sha256=sha256, full_dim=basis.full_dim)
-
-
-def file_metadata(data: bytes) -> dict[str, str]:
-    """Return the texts in the header of a safetensors file, which `tensors.load` leaves out."""
-    length = int.from_bytes(data[:8], "little")
-    found: dict[str, str] = parse_json(data[8 : 8 + length])["__metadata__"]
-    return found
 
 
 # numpy reads a file's header by ast.literal_eval, which Python 3.11 may fail in two threads at once: "AST constructor

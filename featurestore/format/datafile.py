@@ -407,7 +407,9 @@ def open_entry(
                 except MemoryError:  # a manifest may name any size
                     _check_size(path, storage.size(entry.path), entry)
                     raise
-                _read_verified_into(storage, entry, check, view)
+                _check_size(path, storage.read_into(entry.path, view), entry)
+                if digest_of(view, check) != getattr(entry, check):
+                    raise errors.CorruptFileError(Problem.DIGEST_DIFFERS, path, check)
                 source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
             elif entry.bytes > _SMALL_BYTES:
                 source = stack.enter_context(storage.open_input(entry.path))
@@ -425,7 +427,7 @@ def open_entry(
                 raise
             raise errors.CorruptFileError(Problem.DAMAGED, path, error) from error
         if file.num_rows != entry.rows:
-            raise errors.CorruptFileError(Problem.WRONG_ROW_COUNT, path, file.num_rows, entry.rows)
+            raise errors.CorruptFileError(Problem.WRONG_NUMBER, path, file.num_rows, "rows", entry.rows)
         yield file
 
 
@@ -434,16 +436,9 @@ def _parsed(info: bytes) -> StoreInfo:
     return StoreInfo.model_validate_json(info)
 
 
-def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view: memoryview) -> None:
-    path = storage.full(entry.path)
-    _check_size(path, storage.read_into(entry.path, view), entry)
-    if digest_of(view, check) != getattr(entry, check):
-        raise errors.CorruptFileError(Problem.DIGEST_DIFFERS, path, check)
-
-
 def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
     if size_bytes != entry.bytes:
-        raise errors.CorruptFileError(Problem.WRONG_SIZE, path, size_bytes, entry.bytes)
+        raise errors.CorruptFileError(Problem.WRONG_NUMBER, path, size_bytes, "bytes", entry.bytes)
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:

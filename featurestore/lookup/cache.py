@@ -186,7 +186,9 @@ def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShar
         with contextlib.closing(reader.verified_blocks(memory)) as blocks:
             keys_M, rows_digest = write(file, reader, blocks)
         hash_M = splitmix64(keys_M)
-        _check_order(hash_M, reader)
+        is_own_M = shard_of_hash(hash_M, reader.info.num_shards) == reader.shard
+        if not is_own_M.all() or not (hash_M[1:] > hash_M[:-1]).all():
+            raise CorruptFileError(Problem.SHARD_OUT_OF_ORDER, reader.shard, reader.storage.url)
     keys_file = io.BytesIO()
     np.save(keys_file, keys_M)
     with _appearing(paths.keys) as file:
@@ -267,12 +269,6 @@ def _appearing(path: Path) -> Iterator[io.FileIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _check_order(hash_M: UInt64Array, reader: ShardReader) -> None:
-    in_order = bool((hash_M[1:] > hash_M[:-1]).all())
-    if not in_order or not bool((shard_of_hash(hash_M, reader.info.num_shards) == reader.shard).all()):
-        raise CorruptFileError(Problem.SHARD_OUT_OF_ORDER, reader.shard, reader.storage.url)
 
 
 def digest_of_file(path: Path) -> str:

@@ -106,8 +106,9 @@ class HashedRows:
         """Return the place of each key among the hashes held, whether there is none, and its shard, (U,) each."""
         hash_U = splitmix64(keys_U)
         shard_U = shard_of_hash(hash_U, self.info.num_shards)
-        if not self._owns_all:
-            self._check_owned(np.asarray(keys_U), shard_U)
+        if not self._owns_all and (strange_U := ~self._owned_S[shard_U]).any():
+            key, shard = np.asarray(keys_U).reshape(-1)[strange_U][0], shard_U[strange_U][0]
+            raise MissingKeysError(Problem.SHARD_NOT_OWNED, int(strange_U.sum()), self._owner, key, shard)
         if self.num_rows == 0:
             return np.zeros(len(hash_U), np.int64), np.ones(len(hash_U), np.bool_), shard_U
         place_U = self._index.places(hash_U, shard_U)
@@ -131,12 +132,6 @@ class HashedRows:
         if not missing_U.all():
             self._files.take(np.where(missing_U, 0, row_U), out_UD)  # any row will do where there is none
         out_UD[missing_U] = 0
-
-    def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
-        strange_U = ~self._owned_S[shard_U]
-        if strange_U.any():
-            key, shard = keys_U.reshape(-1)[strange_U][0], shard_U[strange_U][0]
-            raise MissingKeysError(Problem.SHARD_NOT_OWNED, int(strange_U.sum()), self._owner, key, shard)
 
     def _note_missing(self, keys_U: Int64Array, missing_U: BoolArray) -> None:
         if self.missing_policy == "error":

@@ -124,7 +124,7 @@ def open_published(url: str | os.PathLike[str]) -> Storage:
         known = versions(storage, VERSIONS)
         with contextlib.suppress(FileNotFoundError):  # replaced and expired since it was listed
             return PublishedFiles(storage.url, read_version(storage, known[-1])) if known else storage
-    raise StorageError(Problem.VERSIONS_VANISHED, storage.url, _MAX_LISTINGS)
+    raise StorageError(Problem.LISTED_BUT_MISSING, "versions", storage.url, _MAX_LISTINGS)
 
 
 def read_version(storage: Storage, version: int) -> PublishedVersion:

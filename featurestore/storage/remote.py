@@ -154,7 +154,8 @@ class RemoteFiles:
                 with guard:
                     self.client.pipe_file(self._full(path), data, mode="create")
             except Exception as error:  # each object store's client has its own tree of errors
-                if says_exists(error):
+                # It exists: servers and clients say it in three ways.
+                if isinstance(error, FileExistsError) or answer_code(error) in _LOST_RACE_CODES:
                     return False
                 raise
             return True
@@ -321,11 +322,6 @@ def was_not_done(error: BaseException) -> bool:
     Unlike a cut connection, after which it is not known.
     """
     return answer_code(error) in _THROTTLE_CODES | _CONFLICT_CODES
-
-
-def says_exists(error: BaseException) -> bool:
-    """Return whether an exclusive create was refused as the file exists; servers and clients say it in three ways."""
-    return isinstance(error, FileExistsError) or answer_code(error) in _LOST_RACE_CODES
 
 
 def answer_code(error: BaseException) -> str | None:

@@ -308,7 +308,7 @@ def move_channel(
     versions.check_channel_name(name)
     snapshot = store.snapshot(version)
     if snapshot.version == 0:
-        raise SnapshotNotFoundError(Problem.NOTHING_FOR_CHANNEL, store.url)
+        raise SnapshotNotFoundError(Problem.NOTHING_TO_PIN, store.url)
     # A pin first: of this and an expiry one sees the other. An expiry reads the pins before the channels, so the
     # snapshot is kept at every moment. A kill in between leaves the pin, which keeps too much rather than too little.
     guard = f"moving-{name}-{uuid.uuid4().hex[:8]}"

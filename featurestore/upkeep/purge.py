@@ -242,7 +242,10 @@ class _Purge:
         manifests = self._manifests()
         affected = {each.version: each for each in manifests if _paths(each) & bad}
         newest = manifests[-1] if manifests else log.EMPTY
-        self._check_readable(newest, traces)
+        unread = {trace.path: trace.text for trace in traces if trace.rows is None}
+        for path in _paths(newest) & unread.keys():
+            way_out = f"crossmedia store repair {self.store.url}, and purge again"
+            raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, unread[path], way_out)
         quarantined = self._quarantined()
         moves = self._moves(affected, newest)
         self.report.expired = tuple(sorted({*self.report.expired, *affected}))
@@ -269,12 +272,6 @@ class _Purge:
         """Read all manifests of the log, ascending; without those that an expiry takes out of it meanwhile."""
         found = [log.find(self.storage, version, [log.LOG]) for version in log.versions(self.storage)]
         return [each for each in found if each is not None]
-
-    def _check_readable(self, newest: Manifest, traces: Sequence[Trace]) -> None:
-        unread = {trace.path: trace.text for trace in traces if trace.rows is None}
-        for path in _paths(newest) & unread.keys():
-            way_out = f"crossmedia store repair {self.store.url}, and purge again"
-            raise CorruptFileError(Problem.BROKEN_UNTIL_MENDED, unread[path], way_out)
 
     def _moves(self, affected: dict[int, Manifest], newest: Manifest) -> list[ChannelMove]:
         """Find the channels that follow to the new snapshot.

@@ -450,7 +450,7 @@ def _broken_promises(
         yield CorruptFileError(Problem.HOLDS_STRAY_KEYS, path, strays, shard)
     num_deleted = int(np.count_nonzero(keys.deleted_N))
     if num_deleted != entry.num_deleted:
-        yield CorruptFileError(Problem.WRONG_TOMBSTONES, path, num_deleted, entry.num_deleted)
+        yield CorruptFileError(Problem.WRONG_NUMBER, path, num_deleted, "tombstones", entry.num_deleted)
 
 
 @dataclass

@@ -269,7 +269,7 @@ def _read_labels(path: Path) -> dict[str, str]:
             if {"image", "label"} <= set(names):
                 return {row["image"]: row["label"] for row in rows if row["image"] and row["label"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DemoError(Problem.UNREADABLE, path, error) from error
+        raise DemoError(Problem.REFUSED, "read", path, error) from error
     raise DemoError(Problem.NO_LABEL_COLUMNS, path, ", ".join(names) or "none")
 
 

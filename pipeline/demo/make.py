@@ -77,7 +77,7 @@ def make_demo(
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
         write_json(options.out / DEMO_FILE, content)
     except OSError as error:
-        raise DemoError(Problem.DEMO_NOT_WRITTEN, options.out, error) from error
+        raise DemoError(Problem.REFUSED, "write the demo to", options.out, error) from error
     return DemoSummary(_read_demo(options.out) or content, images, already_there=False)
 
 

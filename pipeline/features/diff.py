@@ -100,11 +100,6 @@ def compare(images: ImageTable, snapshot: Snapshot) -> Comparison:
     return Comparison(num_stored, is_stored_N, is_same_tag_N, digest_N, np.sort(np.concatenate(gone)))
 
 
-def pending_images(images: ImageTable, comparison: Comparison) -> Int64Array:
-    """Find the images that the store lacks, or whose file may have changed since: another tag, or none. (P,)."""
-    return np.flatnonzero(~(comparison.is_same_tag_N & images.has_tag()))
-
-
 def find_digests(snapshot: Snapshot, digest_K: DigestArray) -> tuple[BoolArray, Int64Array]:
     """Return which digests the store has, (K,), and the smallest key under which it has them, (K,)."""
     if not (digest_K != b"").any() or not any(snapshot.manifest.shards.values()):

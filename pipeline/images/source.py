@@ -340,7 +340,7 @@ def _disk_errors(address: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(Problem.CANNOT_LIST, error.filename or address, refusal(error)) from error
+        raise SourceError(Problem.REFUSED, "list", error.filename or address, refusal(error)) from error
 
 
 def _list_table(address: str) -> Listing:
@@ -384,7 +384,7 @@ def _read_table(address: str) -> pa.Table:
     except FileNotFoundError as error:
         raise SourceNotFoundError(Problem.NO_IMAGES_THERE, address) from error
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise SourceError(Problem.UNREADABLE, address, one_line(error)) from error
+        raise SourceError(Problem.REFUSED, "read", address, one_line(error)) from error
     if "uri" not in table.column_names:
         raise SourceError(Problem.NO_URI_COLUMN, address)
     return table

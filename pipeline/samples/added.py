@@ -189,7 +189,7 @@ def _opened(before: Storage, file: str) -> Iterator[pq.ParquetFile]:
         with before.open_input(file) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, StorageError) as error:
-        raise SampleError(Problem.UNREADABLE, before.full(file), error) from error
+        raise SampleError(Problem.REFUSED, "read", before.full(file), error) from error
 
 
 def _groups_of_days(before: Storage, kept: Mapping[int, Sequence[str]], known: Mapping[str, int]) -> dict[int, int]:

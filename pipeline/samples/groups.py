@@ -96,7 +96,10 @@ def make_groups(impressions: logs.Columns, behaviors: logs.Columns, rules: Group
     chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category", *further)}
     if rules.behavior_age:
         chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // logs.MICROSECONDS
-    used = _count_covered(high_G - take_G, high_G, num_behaviors)
+    change = np.bincount(high_G - take_G, minlength=num_behaviors + 1) - np.bincount(
+        high_G, minlength=num_behaviors + 1
+    )
+    used = int(np.count_nonzero(np.cumsum(change)[:num_behaviors] > 0))  # places in one of the ranges, or in several
     counts = Counter(behaviors=num_behaviors, used=used, clicks=num_clicks, unmatched=num_unmatched)
     return LogGroups(impressions, chosen, start_G, size_G, take_G, counts)
 
@@ -197,12 +200,6 @@ def _descending_runs(high_G: Int64Array, take_G: Int64Array) -> Int64Array:
     rank_K = np.arange(end_G[-1] if len(end_G) else 0) - np.repeat(end_G - take_G, take_G)
     run_K: Int64Array = np.repeat(high_G - 1, take_G) - rank_K
     return run_K
-
-
-def _count_covered(low_G: Int64Array, high_G: Int64Array, size: int) -> int:
-    """Count how many of `size` positions are in at least one of the ranges [low, high)."""
-    change = np.bincount(low_G, minlength=size + 1) - np.bincount(high_G, minlength=size + 1)
-    return int(np.count_nonzero(np.cumsum(change)[:size] > 0))
 
 
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {

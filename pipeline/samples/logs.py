@@ -525,7 +525,7 @@ def _read_table(piece: LogPiece) -> mapping.CsvRows:
         try:
             table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise SampleError(Problem.UNREADABLE, storage.full(piece.path), error) from error
+            raise SampleError(Problem.REFUSED, "read", storage.full(piece.path), error) from error
     return mapping.CsvRows(table, {}, {})
 
 

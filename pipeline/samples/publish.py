@@ -77,7 +77,7 @@ def replaced_files(
             yield new
             _publish(place, new, before is not None)
     except OSError as error:
-        raise SampleError(Problem.SAMPLES_NOT_MADE, target, str(error) or type(error).__name__) from error
+        raise SampleError(Problem.REFUSED, "make the samples in", target, str(error) or type(error).__name__) from error
     versions.expire(place, keep_days * _DAY_S)
 
 
@@ -99,7 +99,7 @@ def _next_to(name: str, before: Storage | None, spared: Mapping[str, str]) -> It
             _check_replaceable(target)
             _swap(folder, target)
     except OSError as error:
-        raise SampleError(Problem.SAMPLES_NOT_MADE, target, str(error) or type(error).__name__) from error
+        raise SampleError(Problem.REFUSED, "make the samples in", target, str(error) or type(error).__name__) from error
 
 
 def _inode(folder: Storage) -> int | None:

@@ -136,7 +136,7 @@ WITH_DATA = [
     ("data.samples={empty}", 2, "{empty} is a file"),
     ("run.dir={empty}", 2, "{empty}"),
     ("run.dir=s3://", 2, "no bucket"),
-    ("run.warm_start={missing}", 2, "run.warm_start={missing}: "),
+    ("run.warm_start={missing}", 2, "run.warm_start='{missing}': "),
 ]
 
 TRAINER = [

@@ -190,7 +190,7 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
     lacking = {"lacking": 7, "total": 8, "missing": re.compile("behavior_item, .*")}
     for table, message in (
         ([1, 2], told(Problem.NOT_A_TABLE, value="list")),
-        ({"user": [1], "ad_item": [1, 2]}, told(Problem.DATA_UNREADABLE, where="the table")),
+        ({"user": [1], "ad_item": [1, 2]}, told(Problem.REFUSED, action="read", where="the table")),
         (few.drop_columns(["ad_item"]), told(Problem.COLUMN_MISSING, column="ad_item")),
         ({"user": [1]}, told(Problem.ROWS_LACK_COLUMNS, **lacking)),
         (few.select(without_ads), told(Problem.ROWS_WITHOUT_ADS, wanted="ad_item")),

@@ -131,7 +131,7 @@ def test_what_cannot_be_stored_leaves_no_snapshot(store: FeatureStore) -> None:
     entries = store.write(rows)
     path = Path(store.url) / next(entry.path for entry in entries.values())
     path.write_bytes(path.read_bytes()[:-1])
-    with raises(errors.CorruptFileError, Problem.WRONG_SIZE, where=path, value=path.stat().st_size):
+    with raises(errors.CorruptFileError, Problem.WRONG_NUMBER, where=path, value=path.stat().st_size, unit="bytes"):
         store.commit(entries, "put")
     assert store.snapshot().version == 0
 

@@ -107,7 +107,9 @@ def test_files_of_others_are_never_touched(tmp_path: Path, name: str) -> None:
 
 def test_a_place_that_cannot_be_written_is_one_message() -> None:
     text = said(app, "--out", "/proc/demo", *TINY, code=1)
-    assert re.search(told(Problem.DEMO_NOT_WRITTEN, where="/proc/demo", reason=re.compile(r"\[Errno")), text)
+    assert re.search(
+        told(Problem.REFUSED, action="write the demo to", where="/proc/demo", reason=re.compile(r"\[Errno")), text
+    )
 
 
 @pytest.fixture

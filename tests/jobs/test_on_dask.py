@@ -82,7 +82,10 @@ def test_a_folder_that_cannot_be_replaced_is_refused(inside, place):
     (place / "file").write_text("mine")
     for samples in ("file/samples", "/proc/samples"):
         line = inside("--samples", samples, code=1)
-        assert re.fullmatch(f"error: {told(Problem.SAMPLES_NOT_MADE, where=samples)}", line) and "[Errno" in line
+        assert (
+            re.fullmatch(f"error: {told(Problem.REFUSED, action='make the samples in', where=samples)}", line)
+            and "[Errno" in line
+        )
 
 
 def test_a_wrong_network_is_a_usage_error_before_a_cluster_starts(monkeypatch):

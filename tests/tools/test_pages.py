@@ -177,7 +177,10 @@ def texts_of(source: ast.AST) -> Iterator[str]:
 
 
 def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
-    """The errors that a file of code makes: their classes, and their texts as `texts_of` has them, or sentences."""
+    """The errors that a file of code makes: their classes, and their texts as `texts_of` has them, or sentences.
+
+    A value that is written there is put into its sentence.
+    """
     imports = [each for each in ast.walk(source) if isinstance(each, ast.ImportFrom) and each.module]
     problems = {
         alias.asname or alias.name: import_module(str(each.module)).Problem
@@ -190,7 +193,11 @@ def errors_with_texts(source: ast.AST) -> Iterator[tuple[str, str]]:
             for argument in node.args:
                 yield from ((name, text) for text in texts_of(argument))
                 if isinstance(argument, ast.Attribute) and (known := problems.get(ast.unparse(argument.value))):
-                    yield name, known[argument.attr]
+                    text = str(known[argument.attr])
+                    for value, given in zip(known[argument.attr].names, node.args[1:], strict=False):
+                        if isinstance(given, ast.Constant):
+                            text = text.replace(f"{{{value}}}", str(given.value))
+                    yield name, text
 
 
 @pytest.mark.long

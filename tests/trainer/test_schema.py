@@ -208,7 +208,7 @@ def test_mistakes_are_one_message(places, tmp_path):
     two = told(Problem.TWO_TABLES_OF_A_KIND, where=log.parent, tables="a.csv (impressions), b.csv (impressions)")
     assert re.search(two, called("inspect", log.parent, code=1))
     log.with_suffix(".parquet").write_bytes(b"no parquet")
-    unreadable = told(Problem.DATA_UNREADABLE, where=log.with_suffix(".parquet"))
+    unreadable = told(Problem.REFUSED, action="read", where=log.with_suffix(".parquet"))
     assert re.search(unreadable, called("inspect", log.parent, code=1))
 
 

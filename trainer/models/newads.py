@@ -190,7 +190,10 @@ def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) 
     images, own_ids = _images_and_ids(schema, fields)
     if not (config.image_dropout and images and own_ids):
         return None
-    _check_tables([field.table_name for field in own_ids], config)
+    for name in (field.table_name for field in own_ids):
+        table = config.tables.get(name)
+        if isinstance(table, ExactTableConfig) and table.admit_after > 1:  # ids that wait share a trained row
+            raise ConfigError(Problem.NEW_IDS_SHARE_A_ROW, config.image_dropout, name, table.admit_after)
     return NewAds(images, [field.name for field in own_ids], config)
 
 
@@ -207,11 +210,3 @@ def _images_and_ids(schema: Schema, fields: Sequence[Field]) -> tuple[list[Field
         [field for field in fields if field.kind == "content" and field.side == "ad"],
         [field for field in fields if field.name in of_ads and not field.context],
     )
-
-
-def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:
-    """Refuse tables in which new ids wait for a row: they share a trained one, and would never be those of a new ad."""
-    for name in own_tables:
-        table = config.tables.get(name)
-        if isinstance(table, ExactTableConfig) and table.admit_after > 1:
-            raise ConfigError(Problem.NEW_IDS_SHARE_A_ROW, config.image_dropout, name, table.admit_after)

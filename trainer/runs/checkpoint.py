@@ -151,7 +151,7 @@ def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
     except FormatVersionError as failure:
         raise errors.CheckpointError(*failure.args) from failure
     except (OSError, StorageError) as failure:
-        raise errors.CheckpointError(Problem.CHECKPOINT_UNREADABLE, file, failure) from failure
+        raise errors.CheckpointError(Problem.REFUSED, "read", file, failure) from failure
     if DENSE not in state.files:
         raise errors.DamagedCheckpointError(Problem.CHECKPOINT_FILE_UNLISTED, file, DENSE)
     return state
@@ -166,7 +166,7 @@ def load(
     `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is missing, damaged
     (DamagedCheckpointError) or does not fit.
     """
-    with comm.agreed(), saying(Problem.CHECKPOINT_UNREADABLE, checkpoint):
+    with comm.agreed(), saying("read", checkpoint):
         trained.load_dense_state(read_dense(checkpoint, state, cache_dir))
         trained.load_shard_state(read_rows(checkpoint, state, trained.shard_names(), cache_dir))
 
@@ -178,7 +178,7 @@ def read_dense(
 
     They are mapped into memory: only pages in use take any. Raises CheckpointError."""
     with (
-        saying(Problem.CHECKPOINT_UNREADABLE, checkpoint),
+        saying("read", checkpoint),
         local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file,
     ):
         return {name.removeprefix(prefix): each for name, each in _mapped(file).items() if name.startswith(prefix)}
@@ -192,7 +192,7 @@ def read_rows(
     Raises CheckpointError where one is lacking."""
     wanted, found = set(names), dict[str, Tensor]()
     shards = {int(name.rsplit("/", 2)[1]) for name in wanted}
-    with saying(Problem.CHECKPOINT_UNREADABLE, checkpoint):
+    with saying("read", checkpoint):
         for name in sorted(state.files):
             written = _ROWS.fullmatch(name)
             if written and any(shard % int(written["ranks"]) == int(written["rank"]) for shard in shards):
@@ -238,12 +238,12 @@ def _texts(found: Iterable[Difference]) -> str:
 
 
 @contextmanager
-def saying(problem: Problem, checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn an error of the disk, the object store or a file's format into a CheckpointError with this problem."""
+def saying(action: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn an error of the disk, the object store or a file's format into a CheckpointError with this action."""
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
-        raise errors.CheckpointError(problem, str(checkpoint), failure) from failure
+        raise errors.CheckpointError(Problem.REFUSED, action, str(checkpoint), failure) from failure
 
 
 def _mapped(local: Path) -> dict[str, Tensor]:
@@ -344,7 +344,7 @@ def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
     try:
         write_file(file, _ACCEPTED.dump_json(others if is_back else [*others, store], indent=1) + b"\n")
     except (OSError, StorageError) as failure:
-        raise errors.CheckpointError(Problem.RUN_FILE_UNWRITABLE, file, failure) from failure
+        raise errors.CheckpointError(Problem.REFUSED, "write", file, failure) from failure
     return file
 
 
@@ -386,7 +386,9 @@ def find_warm_start(run: RunConfig) -> WarmStart | None:
     try:
         found = checkpoint_at(place) or find_checkpoint(place)
     except errors.CheckpointNotFoundError as failure:
-        raise errors.CheckpointNotFoundError(Problem.NO_WARM_START, run.warm_start, failure) from failure
+        raise errors.CheckpointNotFoundError(
+            Problem.SETTING_WRONG, "run.warm_start", run.warm_start, failure
+        ) from failure
     return WarmStart(found, read_state(found), run.warm_parts)
 
 
@@ -406,7 +408,7 @@ def warm_start(
     if warm.parts == "all":
         load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
-    with comm.agreed(), saying(Problem.CHECKPOINT_UNREADABLE, warm.checkpoint):
+    with comm.agreed(), saying("read", warm.checkpoint):
         mine, theirs = trained.dense_state(), read_dense(warm.checkpoint, warm.state, cache_dir)
         idle = {_DECIDED} - (mine.keys() & theirs.keys())
         idle |= {name for name in mine.keys() ^ theirs.keys() if NO_IMAGES in name}

@@ -194,6 +194,6 @@ def run_dir_errors(config: Config) -> Iterator[None]:
     try:
         yield
     except BucketNotFoundError as failure:
-        raise ConfigError(Problem.NO_RUN_DIR, config.run.dir, failure) from failure
+        raise ConfigError(Problem.SETTING_WRONG, "run.dir", config.run.dir, failure) from failure
     except (OSError, StorageError) as failure:
         raise TrainerError(Problem.RUN_DIR_UNUSABLE, config.run.dir, failure) from failure

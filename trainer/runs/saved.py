@@ -451,7 +451,7 @@ def open_network(
     saved = read_run(folder, which)
     if store is not None:
         saved = replace(saved, config=saved.config.changed(data={"store": store}))
-    widths = network_widths(saved)
+    widths = widths_of_stores(used_fields(saved.schema, saved.config.model), saved.config.model)
     if not widths:
         raise ConfigError(Problem.RUN_WITHOUT_IMAGES, folder)
     at = next(iter(widths)) if network is None and len(widths) == 1 else network
@@ -463,11 +463,6 @@ def open_network(
     if snapshot.num_rows == 0:
         raise DataError(Problem.SNAPSHOT_EMPTY, place.url, snapshot.version, place.make_it())
     return ImageNetwork(saved=saved, store=at, width=widths[at], snapshot=snapshot)
-
-
-def network_widths(saved: SavedRun) -> dict[str, int]:
-    """List the networks E of a run, by store, with the width of their vectors. Raises as `open_network`."""
-    return widths_of_stores(used_fields(saved.schema, saved.config.model), saved.config.model)
 
 
 def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -269,17 +269,14 @@ class CheckpointPlace:
             if found.version == known.version:  # a file is gone
                 raise StorageError(*failure.args) from failure
             if found.publication not in self._tried:
-                raise self._taken_over(found) from failure
+                writer = f", {found.writer}" if found.writer else ""
+                raise TakenOverError(Problem.TAKEN_OVER, checkpoints_of(self.run), writer) from failure
             self._known = found
             if dict(found.files) != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
                 return
         if gone := versions.missing(self._storage, files.values()):  # since `publish` looked, as this run was away
             raise StorageError(Problem.REMOVED_BEFORE_PUBLISHED, self._storage.full(gone[0]))
-
-    def _taken_over(self, by: versions.PublishedVersion) -> TakenOverError:
-        writer = f", {by.writer}" if by.writer else ""
-        return TakenOverError(Problem.TAKEN_OVER, checkpoints_of(self.run), writer)
 
 
 def _stem(name: str) -> str:
@@ -350,7 +347,7 @@ class Checkpointer:
         """
         outcome = self.begin(trained, state, keep, best, beside=False) or self.wait()
         if outcome is not None and outcome.error:
-            raise CheckpointError(Problem.RUN_FILE_UNWRITABLE, self._place.address(state.step), outcome.error)
+            raise CheckpointError(Problem.REFUSED, "write", self._place.address(state.step), outcome.error)
         return self._place.address(state.step)
 
     def begin(
@@ -523,7 +520,7 @@ def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Engine, cach
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     checkpoint = comm.on_rank_0(partial(into.at, step))
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
-    with comm.agreed(), saying(Problem.LATER_CHECKPOINTS_KEPT, checkpoint):
+    with comm.agreed(), saying("remove the checkpoints after", checkpoint):
         if comm.rank == 0:
             into.remove(conflicting_checkpoints(into.run, checkpoint))
     return checkpoint

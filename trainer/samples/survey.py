@@ -105,7 +105,7 @@ def _digest(storage: Storage, file: str) -> str:
     try:
         return in_either_split(partial(digest_of, storage), file)
     except (OSError, StorageError) as failure:
-        raise DataError(Problem.DATA_UNREADABLE, storage.full(file), failure) from failure
+        raise DataError(Problem.REFUSED, "read", storage.full(file), failure) from failure
 
 
 def measured_once(

@@ -209,12 +209,14 @@ class Schema(BaseModel):
     def _names_and_widths_agree(self) -> Self:
         seen: set[str] = set()
         first_of: dict[str, Field] = {}
+        lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
         for field in self.fields:
             if field.name in seen:
                 raise ValueError(Problem.FIELD_TWICE.of(field.name))
             seen.add(field.name)
-            if field.beside is not None:
-                self._check_beside(field)
+            is_list = (field.kind, field.side) == ("multi_id", "user")
+            if field.beside is not None and not (is_list and field.beside in lists):
+                raise ValueError(Problem.WRONG_BESIDE.of(field.name, field.beside, ", ".join(lists) or "none"))
             if field.kind == "dense":
                 continue
             shared = f"table {field.table_name}" if field.is_id else f"store {field.store_name}"
@@ -222,11 +224,6 @@ class Schema(BaseModel):
             if first.width != field.width:
                 raise ValueError(Problem.TWO_WIDTHS.of(first.name, field.name, shared, first.width, field.width))
         return self
-
-    def _check_beside(self, field: Field) -> None:
-        lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
-        if (field.kind, field.side) != ("multi_id", "user") or field.beside not in lists:
-            raise ValueError(Problem.WRONG_BESIDE.of(field.name, field.beside, ", ".join(lists) or "none"))
 
     @property
     def new_ad_column(self) -> str:

@@ -71,7 +71,7 @@ def copy_rows(storage: Storage, place: str, kind: Kind, folder: Path, most_rows:
                 if most_rows is not None and written > most_rows:
                     break
     except Exception as error:  # theirs have no common class
-        raise DataError(Problem.DATA_UNREADABLE, f"{address}, a table of {kind},", str(error).strip()) from error
+        raise DataError(Problem.REFUSED, "read", f"{address}, a table of {kind}", str(error).strip()) from error
     return version
 
 

@@ -184,7 +184,7 @@ def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Tabl
                 if left <= 0:
                     return
     except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
-        raise DataError(Problem.DATA_UNREADABLE, storage.full(path), str(error).strip()) from error
+        raise DataError(Problem.REFUSED, "read", storage.full(path), str(error).strip()) from error
 
 
 def _row_groups(file: Any) -> Iterator[pa.Table]:
@@ -307,7 +307,7 @@ def table_of(data: Any) -> pa.Table:
         if isinstance(data, Mapping):
             return pa.table({str(name): _column(values) for name, values in data.items()})
     except (pa.ArrowException, ValueError, TypeError) as failure:
-        raise DataError(Problem.DATA_UNREADABLE, "the table", failure) from failure
+        raise DataError(Problem.REFUSED, "read", "the table", failure) from failure
     raise DataError(Problem.NOT_A_TABLE, type(data).__name__)
 
 

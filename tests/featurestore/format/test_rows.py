@@ -290,7 +290,9 @@ def test_a_shard_knows_its_keys_and_their_uris(store: FeatureStore, info: StoreI
 def test_a_manifest_that_names_a_huge_file_asks_for_no_memory(store: FeatureStore, size: int) -> None:
     put(store, 4)
     entry = store.snapshot().manifest.entries[0].model_copy(update={"bytes": size})
-    with raises(CorruptFileError, Problem.WRONG_SIZE, where=store.storage.full(entry.path), wanted=size):
+    with raises(
+        CorruptFileError, Problem.WRONG_NUMBER, where=store.storage.full(entry.path), unit="bytes", wanted=size
+    ):
         open_entry(store.storage, store.info, entry, "xxh3_128").__enter__()
 
 

@@ -178,7 +178,7 @@ def rewritten(store: FeatureStore, change: Callable[[pa.Table], pa.Table], shard
 BROKEN_PROMISES: dict[Problem, Callable[[pa.Table], pa.Table]] = {
     Problem.HOLDS_NO_ORDER: lambda table: table.take(list(range(len(table)))[::-1]),
     Problem.HOLDS_KEY_TWICE: lambda table: table.take([0, *range(len(table))]),
-    Problem.WRONG_TOMBSTONES: lambda table: table.set_column(6, "deleted", pa.array([True] * len(table))),
+    Problem.WRONG_NUMBER: lambda table: table.set_column(6, "deleted", pa.array([True] * len(table))),
 }
 
 
@@ -187,7 +187,7 @@ def test_broken_promises_are_found_where_all_digests_fit(store: FeatureStore, pr
     put(store, 200)
     rewritten(store, BROKEN_PROMISES[promise])
     (found,) = verify(store).problems
-    wanted = {"wanted": 0} if promise is Problem.WRONG_TOMBSTONES else {}
+    wanted = {"unit": "tombstones", "wanted": 0} if promise is Problem.WRONG_NUMBER else {}
     compare(found.error, promise, where=store.storage.full(files_of(store)[0].path), **wanted)
     if not wanted:
         with raises(CorruptFileError, Problem.SHARD_OUT_OF_ORDER, shard=3, where=store.url):

@@ -155,12 +155,12 @@ def test_readable_images_become_items_with_labels_by_path_or_name(folder: Path, 
     assert notes["num_unlabelled"] == 1
     for content, problem, values in (
         (b"file,label\nred,dress\n", Problem.NO_LABEL_COLUMNS, {"value": "file, label"}),
-        (b"image,label\n\xff\xfe,dress\n", Problem.UNREADABLE, {}),
+        (b"image,label\n\xff\xfe,dress\n", Problem.REFUSED, {"action": "read"}),
     ):
         labels.write_bytes(content)
         with raises(DemoError, problem, where=labels, **values):
             items.measure_folder(folder, labels)
-    with raises(DemoError, Problem.UNREADABLE, where=tmp_path / "none.csv"):
+    with raises(DemoError, Problem.REFUSED, action="read", where=tmp_path / "none.csv"):
         items.measure_folder(folder, tmp_path / "none.csv")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "one.jpg").write_text("no image")

@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_on_any_file_system(folder, m
         return scandir(place)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with raises(SourceError, Problem.CANNOT_LIST, where=deep, reason="Permission denied"):
+    with raises(SourceError, Problem.REFUSED, action="list", where=deep, reason="Permission denied"):
         list_images(str(folder))
     # The `find` of fsspec omits what it cannot list.
 
@@ -157,9 +157,13 @@ def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
     [
         ("key,path\n1,b.jpg\n", Problem.NO_URI_COLUMN, {}),
         ("key,uri\n", Problem.NO_ROWS, {}),
-        ("key,uri\nseven,b.jpg\n", Problem.UNREADABLE, {}),
-        ('key,uri\n1,"b.jpg\n2,a/z.PNG\n', Problem.UNREADABLE, {"reason": re.compile("^line 2: ")}),
-        ('key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n', Problem.UNREADABLE, {"reason": Problem.QUOTED_LINES.of(3)}),
+        ("key,uri\nseven,b.jpg\n", Problem.REFUSED, {"action": "read"}),
+        ('key,uri\n1,"b.jpg\n2,a/z.PNG\n', Problem.REFUSED, {"action": "read", "reason": re.compile("^line 2: ")}),
+        (
+            'key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n',
+            Problem.REFUSED,
+            {"action": "read", "reason": Problem.QUOTED_LINES.of(3)},
+        ),
         (
             {"key": ["1"], "uri": ["b.jpg"]},
             Problem.WRONG_TYPE,
@@ -171,7 +175,7 @@ def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
             {"column": "id", "value": "int64", "wanted": "string", "hint": re.compile(" key ")},
         ),
         ({"key": [1, None], "uri": ["b.jpg", "c.jpg"]}, Problem.EMPTY_VALUES, {"column": "key", "count": 1}),
-        (b"PAR1 and nothing more", Problem.UNREADABLE, {}),
+        (b"PAR1 and nothing more", Problem.REFUSED, {"action": "read"}),
     ],
 )
 def test_bad_tables_are_refused(folder, content, problem, values):

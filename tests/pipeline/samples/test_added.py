@@ -362,7 +362,7 @@ class TestDaysThatShareAFile:
         before = rows_of(by_share.samples, self.DAYS[1:])
         assert self._files(by_share)[-1] == "days=2026-02-00000003.parquet" and len(self._files(by_share, "test")) == 2
         Path(shared.samples, "train/days=2026-01-7f000000.parquet").write_bytes(b"PAR1")
-        with raises(SampleError, Problem.UNREADABLE, where=re.compile(r"/days=2026-01-7f000000\.parquet$")):
+        with raises(SampleError, Problem.REFUSED, action="read", where=re.compile(r"/days=2026-01-7f000000\.parquet$")):
             add(days=self.DAYS[2])
         log([shown(24 * DAY_S + 9_000, user=user) for user in range(1, 31)], [done(0)])
         add(samples=by_share.samples, days=self.DAYS[0])

@@ -156,7 +156,7 @@ def test_damaged_file_is_named(damage, options, client, log, tmp_path):
     if damage == "flipped":
         data[500] ^= 1
     path.write_bytes(b"not parquet" if damage == "text" else data[: len(data) // 2] if damage == "cut" else data)
-    with raises(SampleError, Problem.UNREADABLE if damage == "flipped" else Problem.UNREADABLE_AS, where=path):
+    with raises(SampleError, Problem.REFUSED if damage == "flipped" else Problem.UNREADABLE_AS, where=path):
         build_samples(options, client)
     assert not Path(options.samples).exists()
 

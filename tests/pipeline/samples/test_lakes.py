@@ -151,5 +151,5 @@ def test_a_damaged_table_is_named(shop: Shop) -> None:
     pytest.importorskip("lance")
     shop.put("products/a.parquet", PRODUCTS)
     shop.put("shown/_versions/1.manifest", "nothing")
-    with raises(DataError, Problem.DATA_UNREADABLE, where=re.compile("/shown, a table of Lance")):
+    with raises(DataError, Problem.REFUSED, action="read", where=re.compile("/shown, a table of Lance")):
         shop.build(MAPPING)

@@ -432,7 +432,7 @@ def test_a_checkpoint_whose_answer_was_lost_counts_unless_another_start_came_aft
     save(place, 50, 1.0)
     for step in (60, 80):
         lost.set()
-        with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, reason=re.compile("connection reset")):
+        with raises(CheckpointError, Problem.REFUSED, action="write", reason=re.compile("connection reset")):
             save(place, step, 2.0)
         lost.clear()
         assert steps_of(folder)[-1] == step, "nobody said so"
@@ -451,7 +451,7 @@ def test_what_cannot_be_written_leaves_no_checkpoint(folder: RunPath, call: str)
     save(place, 50)
     away.set()
     where, reason = f"{folder}/checkpoints/step-00000060", re.compile("S3 is away")
-    with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, where=where, reason=reason):
+    with raises(CheckpointError, Problem.REFUSED, action="write", where=where, reason=reason):
         save(place, 60)
     assert steps_of(folder) == [50]
     away.clear()
@@ -473,7 +473,7 @@ def test_one_whose_file_goes_just_before_it_is_published_has_failed(folder: RunP
     save(place, 50)
     late.set()
     told_by = re.compile(told(Problem.REMOVED_BEFORE_PUBLISHED, where=re.compile("s3://.*step-00000060-rows.*")))
-    with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, reason=told_by):
+    with raises(CheckpointError, Problem.REFUSED, action="write", reason=told_by):
         save(place, 60)
     save(place, 70, 2.0)
     assert steps_of(folder) == [50, 70] and values(finished(folder)[-1]) == {2.0}
@@ -508,7 +508,7 @@ def test_wrong_credentials_are_one_error(folder: RunPath, monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     place = CheckpointPlace(folder)
     where, reason = f"{folder}/checkpoints/step-00000050", re.compile(told(StoreProblem.NO_PERMISSION))
-    with raises(CheckpointError, Problem.RUN_FILE_UNWRITABLE, where=where, reason=reason):
+    with raises(CheckpointError, Problem.REFUSED, action="write", where=where, reason=reason):
         save(place, 50)
     with raises(StorageError, StoreProblem.NO_PERMISSION):
         place.claim()
