@@ -180,6 +180,7 @@ def make_plan(client: Client, images: ImageTable, comparison: diff.Comparison, s
 
     In an empty store an image is read for its digest only if it may have an equal in the listing; else each that is
     new, or may have changed, is."""
+    # What the store lacks, or whose file may have changed since: another tag, or none.
     pending_P = np.flatnonzero(~(comparison.is_same_tag_N & images.has_tag()))
     asked = slice(None) if comparison.num_stored else diff.equal_candidates(images.sizes()[pending_P])
     digest_P = np.zeros(len(pending_P), diff.DIGEST_DTYPE)
