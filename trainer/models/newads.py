@@ -192,7 +192,7 @@ def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) 
         return None
     for name in (field.table_name for field in own_ids):
         table = config.tables.get(name)
-        if isinstance(table, ExactTableConfig) and table.admit_after > 1:  # ids that wait share a trained row: never new
+        if isinstance(table, ExactTableConfig) and table.admit_after > 1:  # ids that wait share a row: never new
             raise ConfigError(Problem.NEW_IDS_SHARE_A_ROW, config.image_dropout, name, table.admit_after)
     return NewAds(images, [field.name for field in own_ids], config)
 
