@@ -147,9 +147,6 @@ def test_days_with_clicks_have_the_bytes_of_a_rebuild(shop: Shop, tmp_path: Path
     assert any(1 in row["label"] for row in read(anew.samples))
 
 
-SEVEN = re.compile("; 7 .*kind is not a number: 6, as 'view'")
-
-
 def where(**changes: Any) -> dict[str, Any]:
     return {"where": {"column": "event", "value": "view", "clicked": "click"} | changes}
 
@@ -159,7 +156,10 @@ def where(**changes: Any) -> dict[str, Any]:
     [
         (where(value="shown"), told(Problem.NO_ROW_OF_WHERE, value=re.compile("view.*?"))),
         (where(column="kind"), missing(where="events.csv", value="kind", setting="impressions.where.column")),
-        ({"ad": {"kind": {"kind": "dense", "column": "event"}}}, told(Problem.NO_ROW_OF_WHERE, hint=SEVEN)),
+        (
+            {"ad": {"kind": {"kind": "dense", "column": "event"}}},
+            told(Problem.NO_ROW_OF_WHERE, hint=re.compile("; 7 .*kind is not a number: 6, as 'view'")),
+        ),
         (where(value=[]), "impressions.where.value"),
         (where(clicked="view"), told(Problem.VALUE_OF_BOTH, value="view")),
         (where(value="x", clicked="y"), told(Problem.NO_ROW_OF_WHERE)),

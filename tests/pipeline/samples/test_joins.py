@@ -161,9 +161,9 @@ def test_rows_to_score_have_the_columns_of_the_tables(tables: Shop, capsys: pyte
         ({"item": {"files": "nowhere", "column": "sku"}}, told(Problem.NO_MAPPED_FILES, log="join.item")),
         (
             {"item": {"files": "products.csv", "column": "code"}},
-            missing("products.csv", "code", "join.item.column", "brand"),
+            missing(where="products.csv", value="code", setting="join.item.column", near="brand"),
         ),
-        ({"item": {"files": "products.csv"}}, missing("products.csv", "item", "join.item.column")),
+        ({"item": {"files": "products.csv"}}, missing(where="products.csv", value="item", setting="join.item.column")),
         ({"shop": {"files": "products.csv"}}, "join.shop"),
         ({}, missing(value="photo", setting="impressions.columns.image", near="clicked, item, ts, uid")),
     ],
