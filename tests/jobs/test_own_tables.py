@@ -376,6 +376,8 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
 
 
 USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
+UNKNOWN_USR = told(Problem.UNKNOWN_COLUMN, where="impressions", value="usr", known=USUAL)
+UIDS, BRAD = MAPPING["impressions"]["columns"] | {"user": "uids"}, {"maker": {"kind": "id", "column": "brad"}}
 
 
 @pytest.mark.parametrize(
@@ -383,10 +385,7 @@ USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
     [
         ("- a", "it should be a valid dictionary"),
         ("impressions: [", told(Problem.UNREADABLE_AS, form="YAML")),
-        (
-            changed(impressions__columns={"usr": "uid"}),
-            told(Problem.UNKNOWN_COLUMN, where="impressions", value="usr", known=USUAL),
-        ),
+        (changed(impressions__columns={"usr": "uid"}), UNKNOWN_USR),
         (changed(impressions__user={"item": "id"}), told(Problem.TAKEN_NAME, value="item")),
         (changed(impressions__user={"price": "id"}), told(Problem.NAME_OF_BOTH, value="price")),
         (changed(impressions__user={"age": "number"}), "age.kind='number': it should be 'id', 'multi_id' or 'dense'"),
@@ -404,14 +403,8 @@ USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
             changed(behaviors__columns={}),
             missing("visits.csv", "timestamp", "behaviors.columns.timestamp", "photo, sec"),
         ),
-        (
-            changed(impressions__columns=MAPPING["impressions"]["columns"] | {"user": "uids"}),
-            missing("", "uids", "impressions.columns.user", r"\buid\b"),
-        ),
-        (
-            changed(impressions__ad={"maker": {"kind": "id", "column": "brad"}}),
-            missing("", "brad", "impressions.ad.maker", r"\bbrand\b"),
-        ),
+        (changed(impressions__columns=UIDS), missing("", "uids", "impressions.columns.user", r"\buid\b")),
+        (changed(impressions__ad=BRAD), missing("", "brad", "impressions.ad.maker", r"\bbrand\b")),
     ],
 )
 def test_mistakes_in_a_mapping_are_told(job, place, mapping, problem):

@@ -62,6 +62,7 @@ FOR_TESTING: dict[str, dict[str, Any]] = {
     "from": {"test_days": 1, "test_from": "2026-01-12"},
     "share": {"test_days": 1, "test_share": 0.3},
 }
+OTHER_LIMIT = {"where": "max-behaviors", "value": 3, "made": 50}
 SOME = [(0, "0", "disk"), (1, "from", "disk"), (2, "share", "disk"), (0, "2", "s3")]
 REST = [case for case in itertools.product(range(12), ("0", "2"), ("disk", "s3")) if case not in SOME]
 
@@ -224,11 +225,7 @@ class TestAddDays:
         [
             ({"days": "2026-01-09"}, Problem.NO_IMPRESSIONS, {"value": "2026-01-09"}),
             ({"days": "2026-01-04", "since": "2026-01-02"}, Problem.GIVE_ONE, {"where": "--days and --since"}),
-            (
-                {"days": "2026-01-04", "max_behaviors": 3},
-                Problem.OTHER_OPTION,
-                {"where": "max-behaviors", "value": 3, "made": 50},
-            ),
+            ({"days": "2026-01-04", "max_behaviors": 3}, Problem.OTHER_OPTION, OTHER_LIMIT),
         ],
     )
     def test_mistakes_are_told(
