@@ -95,19 +95,15 @@ def test_wrong_type_is_named_with_column_and_file(which, name, value, kind, buil
         build(*tables.values())
 
 
-FIRST, SECOND, NEAR = "/day=00.parquet", "/day=01.parquet", re.compile(r"\bcategory, ")
+FIRST, SECOND = "/day=00.parquet", "/day=01.parquet"
+LACKS_USER = {"value": "user", "near": re.compile(r"\bcategory, ")}
 OF_USER, TWICE = {"column": "user", "value": "uint64"}, {"value": "user", "count": 2}
 
 
 @pytest.mark.parametrize(
     ("problem", "file", "values", "tables_of"),
     [
-        (
-            Problem.COLUMN_MISSING,
-            SECOND,
-            {"value": "user", "near": NEAR},
-            lambda log: [log, log.drop_columns(["user"])],
-        ),
+        (Problem.COLUMN_MISSING, SECOND, LACKS_USER, lambda log: [log, log.drop_columns(["user"])]),
         (Problem.WRONG_TYPE, FIRST, OF_USER, lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))]),
         (Problem.REPEATED_COLUMN, FIRST, TWICE, lambda log: [log.append_column("user", log["user"])]),
         (Problem.NO_LOG_FILES, "", {}, lambda log: []),
