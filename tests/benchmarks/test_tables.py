@@ -64,12 +64,10 @@ def test_gains_are_paired_by_seed() -> None:
 
 def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
+    no_such = told(Problem.NO_SUCH_VARIANT, where=file, table="a", value="y")
     for text, says in [
         ("tables: {a: {title: t, variants: {x: {setings: {}}}}}", "setings"),
-        (
-            "tables: {a: {title: t, variants: {x: {against: y}}}}",
-            told(Problem.NO_SUCH_VARIANT, where=file, table="a", value="y"),
-        ),
+        ("tables: {a: {title: t, variants: {x: {against: y}}}}", no_such),
         ("[]", told(TrainerProblem.SETTINGS_NOT_A_MAPPING, where=file)),
     ]:
         file.write_text(text)

@@ -60,6 +60,7 @@ MISSING = [
 
 STORE, EMPTY, GARBAGE = {"where": "{store}"}, {"where": "{empty}"}, {"where": "{garbage}", "value": "{garbage}"}
 STABLE, NO_HOST = STORE | {"value": "stable"}, {"where": "nosuch.invalid"}
+AT_GARBAGE, EMPTYDIR, WEIGHTS = ({"where": each} for each in ("{garbage}", "{emptydir}", "{otherweights}"))
 FEATURESTORE: list[tuple[str, int, Told]] = [
     ("featurestore [/x]", 2, "No such command '[/x]'"),
     ("featurestore info {brackets}", 2, "[/x]"),
@@ -124,13 +125,10 @@ SETTINGS = [
 ]
 
 # Settings of a run whose samples and store are right.
+NEAR_ITM = {"where": "itm", "hint": "did you mean model.tables.item?"}
 WITH_DATA = [
     ("run.dir={new} model.tables.user=1000000000000", 2, "model.tables.user=1000000000000: 1,000,000,000,000 rows"),
-    (
-        "run.dir={new} model.tables.itm=8",
-        2,
-        (TrainerProblem.TABLE_OF_NO_FIELD, {"where": "itm", "hint": "did you mean model.tables.item?"}),
-    ),
+    ("run.dir={new} model.tables.itm=8", 2, (TrainerProblem.TABLE_OF_NO_FIELD, NEAR_ITM)),
     ("run.resume={missing}", 2, "{missing}"),
     ("data.samples={brackets}", 2, "[/x]"),
     ("data.samples={empty}", 2, "{empty} is a file"),
@@ -191,27 +189,16 @@ DASK_SUBMIT = [
     ("dask-submit --wait-workers -1 {script}", 2, "--wait-workers"),
 ]
 
+SYNC = {"where": "--sync"}
 JOBS = [
-    (
-        "jobs/extract_features --images {emptydir} --store {new} --weights random:0",
-        2,
-        (PipelineProblem.NO_IMAGES, {"where": "{emptydir}"}),
-    ),
+    ("jobs/extract_features --images {emptydir} --weights random:0", 2, (PipelineProblem.NO_IMAGES, EMPTYDIR)),
     ("jobs/extract_features --images {there} --store {new} --weights random:0", 2, "[/x] there"),
     ("jobs/extract_features --images {garbage_csv} --store {new} --weights random:0", 1, "garbage.csv"),
     ("jobs/extract_features --images nosuch://x --store {new} --weights random:0", 2, "nosuch"),
     ("jobs/extract_features --weights random:x", 2, "random:x"),
     ("jobs/extract_features --weights imagenet:[/x]", 2, "[/x]"),
-    (
-        "jobs/extract_features --images {photos} --store {new} --weights {garbage}",
-        2,
-        (PipelineProblem.WEIGHTS_UNREAD, {"where": "{garbage}"}),
-    ),
-    (
-        "jobs/extract_features --images {photos} --store {new} --weights {otherweights}",
-        2,
-        (PipelineProblem.OTHER_MODEL, {"where": "{otherweights}"}),
-    ),
+    ("jobs/extract_features --images {photos} --weights {garbage}", 2, (PipelineProblem.WEIGHTS_UNREAD, AT_GARBAGE)),
+    ("jobs/extract_features --images {photos} --weights {otherweights}", 2, (PipelineProblem.OTHER_MODEL, WEIGHTS)),
     ("jobs/extract_features --backbone vgg16:[/x] --weights random:0", 2, "[/x]"),
     ("jobs/import_features --from {garbage_parquet} --store {new}", 1, "garbage.parquet"),
     ("jobs/import_features --from {garbage_npy} --store {new}", 2, "--keys"),
@@ -219,21 +206,9 @@ JOBS = [
     ("jobs/import_xdl --from {garbage} --samples {new}", 1, ""),
     ("trainer.prerank build --run {run} --out {new}", 2, "two_tower"),
     ("trainer.prerank build --ads x --samples y", 2, TrainerProblem.ADS_AND_SAMPLES),
-    (
-        "trainer.prerank build --sync x --add",
-        2,
-        (TrainerProblem.DOES_NOT_GO_WITH, {"where": "--sync", "value": "--add"}),
-    ),
-    (
-        "trainer.prerank build --sync x --ads y",
-        2,
-        (TrainerProblem.DOES_NOT_GO_WITH, {"where": "--sync", "value": "--ads"}),
-    ),
-    (
-        "trainer.prerank build --run {towers} --ads {garbage} --out {new}",
-        2,
-        (TrainerProblem.NOT_A_TABLE_OF_ADS, {"where": "{garbage}"}),
-    ),
+    ("trainer.prerank build --sync x --add", 2, (TrainerProblem.DOES_NOT_GO_WITH, SYNC | {"value": "--add"})),
+    ("trainer.prerank build --sync x --ads y", 2, (TrainerProblem.DOES_NOT_GO_WITH, SYNC | {"value": "--ads"})),
+    ("trainer.prerank build --run {towers} --ads {garbage}", 2, (TrainerProblem.NOT_A_TABLE_OF_ADS, AT_GARBAGE)),
     ("trainer.prerank build --add --index hnsw", 2, (TrainerProblem.KIND_IS_KEPT, {"value": "--index"})),
     ("jobs/export_embeddings --run {run} --out .parquet", 2, "--out"),
     ("jobs/export_embeddings --run {run} --network [/x] --out {new}.parquet", 2, "[/x]"),
@@ -250,11 +225,7 @@ JOBS = [
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {list}", 2, "{list}"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {badmapping}", 2, "csv.delimiter=5: it should be"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {deepyaml}", 2, "too deep"),
-    (
-        "jobs/build_samples --logs {missing} --samples {new} --mapping {missing}",
-        2,
-        (PipelineProblem.NO_MAPPING_FILE, NO_FILE),
-    ),
+    ("jobs/build_samples --logs {missing} --mapping {missing}", 2, (PipelineProblem.NO_MAPPING_FILE, NO_FILE)),
 ]
 
 OTHERS = [
@@ -274,6 +245,7 @@ OTHERS = [
 
 MODEL, NO_PEM = {"where": "{model}"}, {"where": "{garbage}", "reason": "it has no certificate"}
 AT_NO_SUCH_HOST, TLS = {"where": "--host nosuch.invalid --port 8080"}, "--tls-cert {garbage} --tls-key {garbage}"
+OTHER_STORE = {"where": "other={store}"}
 SERVING: list[tuple[str, int, Told]] = [
     ("serving info {pipe}", 2, "{pipe} is a file"),
     ("serving info {model} --version 9", 2, (ServingProblem.NO_VERSION, MODEL | {"version": 9, "known": "version 1"})),
@@ -281,7 +253,7 @@ SERVING: list[tuple[str, int, Told]] = [
     ("serving check {model} --token-file {garbage}", 2, ServingProblem.NEEDS_SERVER),
     ("serving check {model} --url http://127.0.0.1:1", 1, (ServingProblem.NO_ANSWER, {"where": "http://127.0.0.1:1"})),
     ("serving check {model} --url https://127.0.0.1:1 --ca {garbage}", 2, (ServingProblem.UNUSABLE_CA, NO_PEM)),
-    ("serving serve {model} --token-file {garbage}", 2, (Problem.TOKENS_NOT_ASCII, {"where": "{garbage}"})),
+    ("serving serve {model} --token-file {garbage}", 2, (Problem.TOKENS_NOT_ASCII, AT_GARBAGE)),
     ("serving log {listuse}", 1, "damaged"),
     ("serving serve {model} --host nosuch.invalid", 1, (ServingProblem.CANNOT_LISTEN, AT_NO_SUCH_HOST)),
     ("serving serve {model} --tls-cert {empty}", 2, (ServingProblem.UNUSABLE_PEM, {"where": "--tls-cert {empty}"})),
@@ -290,21 +262,13 @@ SERVING: list[tuple[str, int, Told]] = [
     ("jobs/export_model --run {run} --out {empty}", 2, "{empty} is a file"),
     ("jobs/export_model --run {run} --out {samples}", 2, (ServingProblem.OTHER_FILES, {"where": "{samples}"})),
     ("jobs/publish_vectors --model {model} --store-version 1.5", 2, "--store-version"),
-    (
-        "jobs/publish_vectors --model {model} --store other={store}",
-        2,
-        (PipelineProblem.NO_SUCH_STORE, {"where": "other={store}"}),
-    ),
+    ("jobs/publish_vectors --model {model} --store other={store}", 2, (PipelineProblem.NO_SUCH_STORE, OTHER_STORE)),
     ("jobs/export_model --run {run} --out {new} --json foo://x", 2, "cannot write --json"),
 ]
 
 EXPLORER = [
     ("explorer serve", 2, ExplorerProblem.NOTHING_GIVEN),
-    (
-        "explorer serve --images {emptydir} --token-file {garbage}",
-        2,
-        (Problem.TOKENS_NOT_ASCII, {"where": "{garbage}"}),
-    ),
+    ("explorer serve --images {emptydir} --token-file {garbage}", 2, (Problem.TOKENS_NOT_ASCII, AT_GARBAGE)),
     (f"explorer serve --images {{emptydir}} {TLS}", 2, (ServingProblem.UNUSABLE_PEM, {"where": TLS})),
     ("explorer serve --images foo://x", 2, (Problem.CANNOT_OPEN, {"where": "foo"})),
     ("explorer serve --samples /proc/x", 2, (ExplorerProblem.NO_FOLDER, {"where": "--samples", "value": "/proc/x"})),

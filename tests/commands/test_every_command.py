@@ -21,7 +21,7 @@ from typer.main import get_command
 from typer.utils import get_params_from_function
 
 from featurestore.console.commandline import CommandApp, power_of_two
-from tests.cli import ran
+from tests.cli import begun, ran, wait_until
 from tests.commands.calls import COMMANDS, HUGE, PROGRAMS, ROOT, call, process_of
 from tests.commands.lines import LINES
 
@@ -220,22 +220,17 @@ def test_ctrl_c_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.services
 @pytest.mark.parametrize(
-    ("words", "begun"),
+    ("words", "made"),
     [
         (["featurestore", "check-backend", "{}/store", "--rounds", "100000"], "store"),
         (["jobs/make_demo_data", "--out", "{}/demo", "--items", "6000"], "demo/images"),
     ],
 )
-def test_ctrl_c_of_a_terminal(words: list[str], begun: str, tmp_path: Path) -> None:
+def test_ctrl_c_of_a_terminal(words: list[str], made: str, tmp_path: Path) -> None:
     """As a terminal does it: SIGINT to the process and to all that it has started."""
     command = process_of([word.format(tmp_path) for word in words])
-    environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
-    process = subprocess.Popen(
-        command, stderr=pipe, stdout=pipe, text=True, cwd=tmp_path, start_new_session=True, env=environment
-    )
-    end = time.monotonic() + 60
-    while not (tmp_path / begun).exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
+    process = begun(*command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_until((tmp_path / made).exists, lambda: f"{made} is not there", 60, process)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     try:

@@ -10,10 +10,10 @@
 Each is a CustomResourceDefinition as published; those in crds/ are under Apache-2.0. Unknown fields are refused.
 """
 
+import copy
 import functools
 import gzip
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -79,6 +79,7 @@ def _strict(schema: Any) -> Any:
     return closed
 
 
+@functools.cache
 def build(folder: Path) -> list[Manifest]:
     """All objects of a kustomization, as `kubectl apply -k` would send them."""
     kubectl = Path(sys.executable).with_name("kubectl")
@@ -87,14 +88,9 @@ def build(folder: Path) -> list[Manifest]:
     return [each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each]
 
 
-@functools.cache
-def _built(name: str) -> str:
-    return json.dumps(build(KUBERNETES / "overlays" / name))
-
-
 def overlay(name: str) -> list[Manifest]:
     """The objects of one of our overlays, fresh copies."""
-    return json.loads(_built(name))
+    return copy.deepcopy(build(KUBERNETES / "overlays" / name))
 
 
 def check(manifest: Manifest) -> None:

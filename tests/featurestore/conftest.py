@@ -107,11 +107,11 @@ def filled_by(
     return filled
 
 
-def fill(store: FeatureStore) -> None:
-    """Put rows of three ages: 400 images; of 200 of them newer rows, of 20 of those tombstones."""
-    put(store, 400)
-    put(store, 200, seed=1)
-    store.delete(make_rows(20, store.info).keys_N)
+def fill(store: FeatureStore, count: int = 400, newer: int = 200, gone: int = 20) -> None:
+    """Put rows of three ages: `count` images, newer rows of the first of them, and tombstones of the first of those."""
+    put(store, count)
+    put(store, newer, seed=1)
+    store.delete(make_rows(gone, store.info).keys_N)
 
 
 @pytest.fixture

@@ -89,11 +89,15 @@ def check_whole(store: FeatureStore, tmp_path: Path) -> None:
     assert [row.tobytes() for row in found] == list(held.values())
 
 
-def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
-    file = Path(store.url) / path
+def flip(file: Path, place: int | None = None) -> None:
+    """Flip a bit of a file, at a place or in the middle."""
     data = bytearray(file.read_bytes())
     data[len(data) // 2 if place is None else place] ^= 1
     file.write_bytes(data)
+
+
+def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
+    flip(Path(store.url) / path, place)
 
 
 def leave_in_expired(store: FeatureStore, damaged: list[int], aside: list[int]) -> None:

@@ -103,9 +103,8 @@ class TestOnEveryPlace:
 
 
 def test_another_spec_is_refused_and_each_field_named(store: FeatureStore, info: StoreInfo) -> None:
-    other = info.model_copy(
-        update={"dtype": "float16", "extractor": info.extractor.model_copy(update={"backbone": "resnet50"})}
-    )
+    extractor = info.extractor.model_copy(update={"backbone": "resnet50"})
+    other = info.model_copy(update={"dtype": "float16", "extractor": extractor})
     differ = "dtype is 'bfloat16' instead of 'float16'; extractor.backbone is 'vgg16' instead of 'resnet50'"
     with raises(errors.SpecMismatchError, Problem.ANOTHER_KIND, value=differ):
         FeatureStore.open_or_create(store.url, other)

@@ -90,8 +90,7 @@ def read(path: Path) -> dict[int, list[float]]:
 
 def assert_same(found: dict[int, list[float]], wanted: dict[int, list[float]]) -> None:
     assert found.keys() == wanted.keys()
-    for key, vector in wanted.items():
-        np.testing.assert_allclose(found[key], vector, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose([found[key] for key in wanted], [*wanted.values()], rtol=1e-5, atol=1e-7)
 
 
 def test_every_image_gets_what_e_makes_of_it(run: Path, places: Places, tmp_path: Path) -> None:

@@ -86,10 +86,8 @@ def test_another_demo_is_replaced_only_with_force_and_only_its_own_files(tmp_pat
     _make(tmp_path, *TINY, "--items", "60")
     mine = tmp_path / "images" / "mine.jpg"
     mine.write_bytes(b"mine")
-    other = re.compile("items: 60 there, 40 wanted")
-    assert re.search(
-        told(Problem.OTHER_DEMO, where=tmp_path, options=other), said(app, "--out", tmp_path, *TINY, code=1)
-    )
+    refused = told(Problem.OTHER_DEMO, where=tmp_path, options=re.compile("items: 60 there, 40 wanted"))
+    assert re.search(refused, said(app, "--out", tmp_path, *TINY, code=1))
     _make(tmp_path, *TINY, "--force")
     assert len(list((tmp_path / "images").rglob("item-*.jpg"))) == 40
     assert mine.read_bytes() == b"mine"

@@ -22,7 +22,7 @@ from pipeline.import_vectors import extractor_of
 from pipeline.problems import Problem
 from pipeline.samples import mapping
 from tests.cli import invoke, said
-from tests.pipeline.samples.rows import missing, read, replaced
+from tests.pipeline.samples.rows import missing, quarantine, read, replaced
 from tests.raised import told
 from tests.trainer.whole_runs import trained_beside
 from trainer.config import load_config
@@ -190,11 +190,7 @@ def test_a_log_without_images_becomes_samples_and_settings_as_a_look_suggests(jo
     named = {f"{log}__columns": columns | {"image": columns["item"]} for log, columns in theirs.items()}
     job(changed(**named))
     assert {key for row in read(place / "samples") for key in row["ad_image"]} == {key_of_uri("5"), key_of_uri("6")}
-    shows = csv.read_csv(
-        place / "logs/shows/a.csv", convert_options=csv.ConvertOptions(column_types={"shown_at": "str"})
-    )
-    (place / "logs/shows/a.csv").unlink()
-    pq.write_table(shows, place / "logs/shows/a.parquet")
+    pq.write_table(shows_as_arrow(place), place / "logs/shows/a.parquet")
     job(changed(**named))
     assert {key for row in read(place / "samples") for key in row["ad_image"]} == {5, 6}
 
@@ -221,9 +217,7 @@ def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
     text = job()
     assert "4 of 12 kept, 0 without an image; 0 duplicates, 8 quarantined (" in text
     assert "timestamp is not a time: 1, as 'soon'" in text
-    kept = pq.read_table(place / "samples/quarantine.parquet").to_pylist()
-    found = [(row["file"], row["row"], row["reason"]) for row in kept]
-    assert found == [("shows/a.csv", number, reason) for number, (_, reason) in enumerate(bad, 4)]
+    assert quarantine(place) == [("shows/a.csv", number, reason) for number, (_, reason) in enumerate(bad, 4)]
 
 
 def test_labels_may_be_yes_and_no_and_a_number_missing(job, place):
@@ -268,9 +262,8 @@ def test_a_value_with_other_rows_in_it_is_quarantined(job, place):
     (place / "logs/shows/a.csv").write_text(shows_of(lines))
     text = job()
     assert "6 of 7 kept" in text
-    kept = pq.read_table(place / "samples/quarantine.parquet").to_pylist()
     reason = "a quoted value has other rows in it; is a quote not closed?"
-    assert [(row["file"], row["row"], row["reason"]) for row in kept] == [("shows/a.csv", 3, reason)]
+    assert quarantine(place) == [("shows/a.csv", 3, reason)]
     wanted = {key_of_uri(f"{n}.jpg") for n in (0, 1, 2, 7, 8, 9)}
     assert {image for row in read(place / "samples") for image in row["ad_image"]} == wanted
 
@@ -383,6 +376,8 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
 
 
 USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
+UNKNOWN_USR = told(Problem.UNKNOWN_COLUMN, where="impressions", value="usr", known=USUAL)
+UIDS, BRAD = MAPPING["impressions"]["columns"] | {"user": "uids"}, {"maker": {"kind": "id", "column": "brad"}}
 
 
 @pytest.mark.parametrize(
@@ -390,10 +385,7 @@ USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
     [
         ("- a", "it should be a valid dictionary"),
         ("impressions: [", told(Problem.UNREADABLE_AS, form="YAML")),
-        (
-            changed(impressions__columns={"usr": "uid"}),
-            told(Problem.UNKNOWN_COLUMN, where="impressions", value="usr", known=USUAL),
-        ),
+        (changed(impressions__columns={"usr": "uid"}), UNKNOWN_USR),
         (changed(impressions__user={"item": "id"}), told(Problem.TAKEN_NAME, value="item")),
         (changed(impressions__user={"price": "id"}), told(Problem.NAME_OF_BOTH, value="price")),
         (changed(impressions__user={"age": "number"}), "age.kind='number': it should be 'id', 'multi_id' or 'dense'"),
@@ -411,14 +403,8 @@ USUAL, NOWHERE = re.compile("timestamp, user.*"), re.compile(".*/nowhere")
             changed(behaviors__columns={}),
             missing("visits.csv", "timestamp", "behaviors.columns.timestamp", "photo, sec"),
         ),
-        (
-            changed(impressions__columns=MAPPING["impressions"]["columns"] | {"user": "uids"}),
-            missing("", "uids", "impressions.columns.user", r"\buid\b"),
-        ),
-        (
-            changed(impressions__ad={"maker": {"kind": "id", "column": "brad"}}),
-            missing("", "brad", "impressions.ad.maker", r"\bbrand\b"),
-        ),
+        (changed(impressions__columns=UIDS), missing("", "uids", "impressions.columns.user", r"\buid\b")),
+        (changed(impressions__ad=BRAD), missing("", "brad", "impressions.ad.maker", r"\bbrand\b")),
     ],
 )
 def test_mistakes_in_a_mapping_are_told(job, place, mapping, problem):

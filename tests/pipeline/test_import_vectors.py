@@ -298,36 +298,26 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     (tmp_path / "none.npy").write_bytes(b"no array")
     pq.write_table(pa.table({"name": ["a"]}), tmp_path / "nokey.parquet")
     pq.write_table(pa.table({"key": [1], "a": [[1.0]], "b": [[1.0]]}), tmp_path / "two.parquet")
-    pq.write_table(pa.table({"key": ["1"], "a": [[1.0]]}), tmp_path / "textkey.parquet")
+    pq.write_table(pa.table({"key": ["1"], "a": [[1.0]]}), tmp_path / "text.parquet")
     pq.write_table(pa.table({"key": [1], "a": pa.array([b"1234"], pa.binary(4))}), tmp_path / "bits.parquet")
     pq.write_table(pa.table({"key": [1], "a": [[float("nan")]]}), tmp_path / "nan.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
+    for name in ("empty", "other", "hollow"):
+        (tmp_path / name).mkdir()
     (tmp_path / "other/notes.txt").write_text("no vectors")
-    write_xdl(tmp_path / "xdl", [0], vectors_ND[:1])
-    (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow/data.3").write_bytes(b"")
-    keys = ("--keys", tmp_path / "short.npy")
+    write_xdl(tmp_path / "xdl", [0], vectors_ND[:1])
+    short, text, none = (tmp_path / f"{name}.npy" for name in ("short", "text", "none"))
+    keys = ("--keys", short)
     for name, args, problem, values in [
         ("nowhere", (), Problem.NOTHING_THERE, {}),
         ("empty", (), Problem.NOTHING_THERE, {}),
         ("other", (), Problem.NO_FILES_ENDING, {"value": ".parquet"}),
         ("hollow", (), Problem.ONLY_EMPTY_FILES, {}),
         ("xdl", ("--dim", 100), Problem.TORN_FILES, {"count": 1, "files": 1, "where": "data.0", "record_bytes": 408}),
-        ("a.npy", keys, Problem.WRONG_NUMBER_OF_KEYS, {"where": tmp_path / "short.npy", "value": 39, "wanted": 40}),
-        (
-            "a.npy",
-            ("--keys", tmp_path / "text.npy"),
-            Problem.NOT_INT64_KEYS,
-            {"where": tmp_path / "text.npy", "dtype": "<U1", "shape": "(2,)"},
-        ),
-        (
-            "a.npy",
-            ("--keys", tmp_path / "none.npy"),
-            Problem.UNREADABLE_AS,
-            {"where": tmp_path / "none.npy", "form": ".npy"},
-        ),
+        ("a.npy", keys, Problem.WRONG_NUMBER_OF_KEYS, {"where": short, "value": 39, "wanted": 40}),
+        ("a.npy", ("--keys", text), Problem.NOT_INT64_KEYS, {"where": text, "dtype": "<U1", "shape": "(2,)"}),
+        ("a.npy", ("--keys", none), Problem.UNREADABLE_AS, {"where": none, "form": ".npy"}),
         ("short.npy", keys, Problem.NOT_A_MATRIX, {"dtype": "int64", "shape": "(39,)"}),
         ("columns.npy", keys, Problem.COLUMN_BY_COLUMN, {}),
         ("cut.npy", keys, Problem.TRUNCATED, {"value": 1080, "wanted": 1088}),
@@ -335,12 +325,7 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
         ("nokey.parquet", (), Problem.NO_KEY_COLUMN, {"where": "nokey.parquet", "value": "name"}),
         ("two.parquet", (), Problem.WHICH_FEATURE, {"where": "two.parquet", "columns": ["a", "b"]}),
         ("two.parquet", ("--feature-column", "c"), Problem.NO_VECTORS, {"where": "two.parquet", "value": "c"}),
-        (
-            "textkey.parquet",
-            (),
-            Problem.WRONG_KEY_TYPE,
-            {"where": "textkey.parquet", "column": "key", "value": "string"},
-        ),
+        ("text.parquet", (), Problem.WRONG_KEY_TYPE, {"where": "text.parquet", "column": "key", "value": "string"}),
         ("bits.parquet", (), Problem.WHICH_FEATURE, {"where": "bits.parquet", "columns": ["key", "a"]}),
         ("bits.parquet", ("--feature-column", "a"), Problem.NO_VECTORS, {"where": "bits.parquet", "value": "a"}),
         ("nan.parquet", (), Problem.NO_USABLE_ROW, {"count": 1, "reasons": "1 not finite in bfloat16 (key:1)"}),

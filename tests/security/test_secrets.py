@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -21,7 +19,7 @@ from tests.commands.calls import call
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.security.certificates import Certificate
 from tests.security.test_listening import started
-from tests.trainer.conftest import Places
+from tests.trainer.conftest import Places, change_column
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 SECRET, SESSION, PASSWORD = "plantedsecret0123456789ABCDEFabcdefghijk", "plantedsession0123456789", "plantedpassword"
@@ -104,9 +102,7 @@ class TestKeysOfAnObjectStore:
         """Run folder, configuration and logs are there when a rank cannot go on."""
         samples = Path(shutil.copytree(places.folder / "samples", work.folder / "samples"))
         bad = samples / "train" / "day=2026-01-02.parquet"
-        table = pq.read_table(bad)
-        labels = pa.array([[2] * len(row) for row in table["label"]], table.schema.field("label").type)
-        pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), bad)
+        change_column(bad, "label", lambda rows: [[2] * len(row) for row in rows])
         words = options(places, run__name="b", run__dir=work.folder / "runs", data__samples=samples)
         work.fails_here("trainer.main", *words, because=bad.name)
         assert (work.folder / "runs" / "b" / "config.yaml").is_file()

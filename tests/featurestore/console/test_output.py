@@ -11,14 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from featurestore.console import output
-from featurestore.console.output import (
-    print_line,
-    print_problem,
-    print_summary,
-    print_table,
-    progress_bar,
-    text_console,
-)
+from featurestore.console.output import print_line, print_problem, print_summary, print_table, text_console
 from featurestore.console.page import ReportPage, current_page, recorded, save_plot
 from featurestore.errors import USAGE, OutputPlaceError, UserError
 from featurestore.problems import Problem
@@ -37,11 +30,11 @@ def shown(capsys: pytest.CaptureFixture[str], until: str) -> str:
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar("reading", 2000) as bar:
+    with output.progress_bar("reading", 2000) as bar:
         bar.advance(2000)
     assert capsys.readouterr().err == ""  # quick work
     monkeypatch.setattr(output, "LINE_EVERY_S", 0.02)
-    with progress_bar("reading", 2000) as bar:
+    with output.progress_bar("reading", 2000) as bar:
         line = "reading: 0 of 2,000\n"
         assert shown(capsys, line * 2).startswith(line * 2)  # also where nothing moves on
         bar.advance(500)
@@ -56,7 +49,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with progress_bar("reading", 4, done=1) as bar:
+    with output.progress_bar("reading", 4, done=1) as bar:
         bar.advance(1)
         bar(4, 4)
     err = capsys.readouterr().err
@@ -65,13 +58,13 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_what_goes_on_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(output, "LINE_EVERY_S", 0.02)
-    with progress_bar("pages") as bar:
+    with output.progress_bar("pages") as bar:
         bar(1, 9)
         bar.doing("map, 112 s")
         shown(capsys, "pages: map, 112 s\n")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with progress_bar("pages") as bar:
+    with output.progress_bar("pages") as bar:
         bar(1, 9)
         bar.doing("lays out a map")
     assert "lays out a map" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 from featurestore import FeatureClient, FeatureStore, Lookup
 from featurestore.__main__ import main
 from featurestore.errors import UnavailableError
+from tests.cli import wait_until
 from tests.fuse import small_process
 
 
@@ -37,10 +38,7 @@ class ServerProcess:
 
     def wait_for(self, text: str) -> None:
         """Wait for a line with a text."""
-        end_s = time.monotonic() + 60
-        while not any(text in line for line in self.lines):
-            assert time.monotonic() < end_s, self.lines
-            time.sleep(0.01)
+        wait_until(lambda: any(text in line for line in self.lines), lambda: str(self.lines), 60, pause_s=0.01)
 
     def end(self, number: int = signal.SIGTERM) -> int | None:
         """Send a signal; return the exit code."""

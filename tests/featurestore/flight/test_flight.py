@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from featurestore import FeatureClient, FeaturePartition, FeatureRows, FeatureStore, StoreInfo, connect, errors
+from featurestore import FeatureClient, FeaturePartition, FeatureStore, StoreInfo, connect, errors
 from featurestore.commands.look import read_tls
 from featurestore.flight.client import _keys
 from featurestore.flight.protocol import KEYS_SCHEMA, MAX_KEYS
@@ -29,7 +29,8 @@ from featurestore.log import manifest_path
 from featurestore.problems import Problem
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel
-from tests.featurestore.conftest import put
+from tests.cli import wait_until
+from tests.featurestore.conftest import fill, put
 from tests.featurestore.flight.conftest import Serve, lookup_once_up
 from tests.raised import raises, told
 from tests.security.certificates import Certificate
@@ -55,12 +56,8 @@ def wide(info: StoreInfo, tmp_path: Path) -> FeatureStore:
 
 def make_store(folder: Path, info: StoreInfo, rows: int = ROWS) -> FeatureStore:
     """A store of drawn rows, some of which were replaced and removed since."""
-    rng = np.random.default_rng(5)
     store = FeatureStore.create(folder, info)
-    for first in (0, rows // 3):
-        names = [f"images/{i}.jpg" for i in range(first, rows)]
-        store.put(FeatureRows.of(names, rng.standard_normal((len(names), info.dim)).astype(np.float32)))
-    store.delete(keys_of(range(0, rows, 7)))
+    fill(store, rows, rows // 3, rows // 7)
     return store
 
 
@@ -107,7 +104,7 @@ def test_few_keys_many_keys_and_none(
     """None, one, one that is missing, one key very often, and more than fit into one message, block or call."""
     monkeypatch.setattr("featurestore.flight.client._CALL_BYTES", 34 << 20)
     store = make_store(tmp_path / "store", info.model_copy(update={"dim": 2048}), 300)
-    known = keys_of([1])
+    known = keys_of([299])
     server = serve(store)
     with connect(server.address, missing="zeros") as client:
         for keys_U in (known[:0], known, np.array([3]), np.repeat(known, 5_000), np.resize(any_keys(300), 10_000)):
@@ -124,7 +121,7 @@ def test_few_keys_many_keys_and_none(
 def test_missing_policies_and_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info)
     server = serve(store)
-    gone, keys_U = keys_of([7, 8]), any_keys()
+    gone, keys_U = keys_of([7, 2_999]), any_keys()
     where = f"snapshot 3 of {store.url} at {server.address}"
     found = {"number": 1, "where": where, "value": gone[0]}
     with connect(server.address) as client, raises(errors.MissingKeysError, Problem.NO_FEATURE, **found):
@@ -325,15 +322,12 @@ def test_only_a_channel_leads_back_to_an_older_snapshot(snapshots: OpenSnapshots
 def test_following_reports_each_thing_once(snapshots: OpenSnapshots) -> None:
     said: list[str] = []
     ended = threading.Event()
-    follower = threading.Thread(target=follow, args=(snapshots, 0.01, said.append, ended))
+    follower = threading.Thread(target=follow, args=(snapshots, 0.01, said.append, ended), daemon=True)
     follower.start()
     put(snapshots.store, 70, seed=9)
-    end = time.monotonic() + 30
-    while not said and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: said, lambda: "it does not follow")
     snapshots.store.storage.write_bytes(manifest_path(7), b"{}")
-    while len(said) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: len(said) > 1, lambda: str(said))
     time.sleep(0.1)
     ended.set()
     follower.join()
@@ -370,23 +364,17 @@ def test_a_client_that_never_reads_holds_up_nobody_and_sigterm_lets_it_end(serve
             assert len(client.lookup(KEYS).features_UD) == 64
         rows = reader.read_chunk().data.num_rows
         server.send(signal.SIGTERM)
-        wait_until_refused(server.address)
+        end_s = time.monotonic() + 10
+        with raises(errors.UnavailableError, Problem.NO_SERVER, where=server.address):  # it takes no new calls
+            while time.monotonic() < end_s:
+                with connect(server.address) as client:
+                    client.lookup(KEYS[:1])
         assert server.process.exitcode is None
         rows += sum(chunk.data.num_rows for chunk in reader)
     server.process.join(30)
     assert server.process.exitcode == 0
     assert rows == 12_000
     assert serve(wide).end(signal.SIGINT) == 130
-
-
-def wait_until_refused(address: str) -> None:
-    """Call a server until it takes no new calls."""
-    end_s = time.monotonic() + 10
-    with raises(errors.UnavailableError, Problem.NO_SERVER, where=address):
-        while time.monotonic() < end_s:
-            with connect(address) as client:
-                client.lookup(KEYS[:1])
-            time.sleep(0.05)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from featurestore.staging import sorted_table
 from featurestore.storage.local import DiskFiles
 from featurestore.text import DType
 from tests.featurestore.conftest import make_rows, put
-from tests.featurestore.contents import spoil
+from tests.featurestore.contents import flip, spoil
 from tests.raised import raises, told
 
 DIM = 24
@@ -169,10 +169,9 @@ def test_types_columns_and_the_name_of_a_damaged_file(store: FeatureStore) -> No
     assert table.schema.field("feature").type == pa.list_(pa.float32(), 8)
     assert snapshot.to_arrow(decode=False).schema.field("feature").metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}
     assert snapshot.to_arrow(["width"]).schema.names == ["width"]
+    known = re.compile("key, uri.*")
     for columns in (["deleted"], ["key", "key"], [], ["x"]):
-        with pytest.raises(
-            ValueError, match=told(Problem.UNKNOWN_COLUMNS, value=columns, known=re.compile("key, uri.*"))
-        ):
+        with pytest.raises(ValueError, match=told(Problem.UNKNOWN_COLUMNS, value=columns, known=known)):
             snapshot.to_arrow(columns)
     path = snapshot.manifest.entries[0].path
     spoil(store, path, 230)
@@ -254,9 +253,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(
         with open_output(self, path) as file:
             yield file
         if path.endswith(suffix):
-            data = bytearray(self.path(path).read_bytes())
-            data[len(data) // 2] ^= 16
-            self.path(path).write_bytes(data)
+            flip(self.path(path))
 
     monkeypatch.setattr(DiskFiles, "open_output", flipping)
     monkeypatch.setattr("featurestore.format.shard._CHUNK_BYTES", chunk_bytes)

@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,24 +16,17 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, owner_of, shard_of
-from featurestore.errors import (
-    CorruptFileError,
-    FeatureStoreError,
-    MissingKeysError,
-    SnapshotNotFoundError,
-    StorageError,
-    StoreNotFoundError,
-)
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, errors, owner_of, shard_of
 from featurestore.format.datafile import DataFile, FileMemory
 from featurestore.keys import HashIndex, keys_of_uris, shard_of_hash
 from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
 from featurestore.problems import Problem
 from tests.cli import ran
 from tests.featurestore.conftest import make_rows, put
+from tests.featurestore.contents import flip
 from tests.fuse import FORK
 from tests.raised import raises, told
 
@@ -57,12 +50,6 @@ def file_of(cache: Path, suffix: str, shard: int = 3) -> Path:
 
 def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
-
-
-def flip(path: Path, place: int = 100) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 def age(paths: Iterable[Path], days: float) -> None:
@@ -123,7 +110,7 @@ def test_missing_rows_are_zeros_and_counted(store: FeatureStore, cache: Path, ro
         assert partition.missing_count == 4
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         where = f"snapshot 2 of {store.url}"
-        with raises(MissingKeysError, Problem.NO_FEATURE, number=6, where=where, value="1, 2, 3, 4, 5, …"):
+        with raises(errors.MissingKeysError, Problem.NO_FEATURE, number=6, where=where, value="1, 2, 3, 4, 5, …"):
             partition.lookup([1, 2, 3, int(rows.keys_N[0]), 4, 5, 6])
         partition.lookup(rows.keys_N[:3])
         assert partition.missing_count == 0
@@ -141,11 +128,8 @@ def test_blocks_are_a_lookup_in_pieces(store: FeatureStore, cache: Path, rows: F
         assert np.array_equal(np.concatenate([missing for _, missing in blocks]), whole.missing_U)
         assert partition.missing_count == 2
         assert list(partition.lookup_blocks(np.empty(0, np.int64), block_rows)) == []
-    found = {"number": 1, "have": "key has", "value": 5}
-    with (
-        FeaturePartition.load(store, cache_dir=cache) as partition,
-        raises(MissingKeysError, Problem.NO_FEATURE, **found),
-    ):
+    missing = raises(errors.MissingKeysError, Problem.NO_FEATURE, number=1, have="key has", value=5)
+    with FeaturePartition.load(store, cache_dir=cache) as partition, missing:
         next(partition.lookup_blocks(np.array(keys), block_rows))
 
 
@@ -154,10 +138,10 @@ def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: P
         FeaturePartition.load(store, 2, 2, cache)
     with pytest.raises(ValueError, match=told(Problem.UNKNOWN_POLICY, value="skip")):
         FeaturePartition.load(store, cache_dir=cache, missing="skip")  # type: ignore[arg-type]
-    with raises(StoreNotFoundError, Problem.NO_STORE, where=tmp_path / "nothing"):
+    with raises(errors.StoreNotFoundError, Problem.NO_STORE, where=tmp_path / "nothing"):
         FeaturePartition.load(tmp_path / "nothing", cache_dir=cache)
     (tmp_path / "file").write_bytes(b"")
-    with raises(StorageError, Problem.CANNOT_USE_CACHE, where=tmp_path / "file"):
+    with raises(errors.StorageError, Problem.CANNOT_USE_CACHE, where=tmp_path / "file"):
         FeaturePartition.load(store, cache_dir=tmp_path / "file")
     partition = FeaturePartition.load(store, cache_dir=cache)
     with pytest.raises(ValueError, match=told(Problem.CANNOT_HIDE_IMAGES)):
@@ -166,7 +150,7 @@ def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: P
         with pytest.raises(ValueError, match=told(Problem.OUT_DOES_NOT_FIT, value=out.shape, dtype=out.dtype)):
             partition.lookup(rows.keys_N[:3], out=out)
     partition.close()
-    with raises(FeatureStoreError, Problem.PARTITION_CLOSED):
+    with raises(errors.FeatureStoreError, Problem.PARTITION_CLOSED):
         partition.lookup(rows.keys_N)
 
 
@@ -199,7 +183,7 @@ def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None
         found = partition.lookup([1, 2])
         assert found.missing_U.all() and not found.features_UD.any() and not partition.contains([1, 2]).any()
     assert not cache.exists()
-    with raises(SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=store.url, value=9):
+    with raises(errors.SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=store.url, value=9):
         FeaturePartition.load(store, cache_dir=cache, version=9)
 
 
@@ -222,7 +206,7 @@ def test_ranks_share_rows_and_cache(store: FeatureStore, cache: Path, rows: Feat
             assert np.array_equal(partition.lookup(rows.keys_N[mine]).features_UD, rows.features_ND[mine])
             total += partition.num_rows
             if num_ranks > 1:
-                with raises(MissingKeysError, Problem.SHARD_NOT_OWNED, owner=f"rank {rank} of {num_ranks}"):
+                with raises(errors.MissingKeysError, Problem.SHARD_NOT_OWNED, owner=f"rank {rank} of {num_ranks}"):
                     partition.lookup(rows.keys_N[~mine])
     assert total == len(rows.keys_N)
     assert files_of(cache) == before  # nothing was built again
@@ -298,32 +282,17 @@ def test_processes_may_build_one_cache_at_once(store: FeatureStore, cache: Path)
 ENDS = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 
 
-def index_of(hash_N, num_shards, owned):
-    hash_N = np.unique(hash_N)
-    bounds = np.searchsorted(shard_of_hash(hash_N, num_shards), np.arange(num_shards + 1))
-    return HashIndex(owned, [hash_N[bounds[shard] : bounds[shard + 1]] for shard in owned], num_shards)
-
-
-def check(index, asked_U, num_shards, owned):
-    shard_U = shard_of_hash(asked_U, num_shards)
-    asked_U, shard_U = asked_U[np.isin(shard_U, owned)], shard_U[np.isin(shard_U, owned)]
-    place_U = index.places(asked_U, shard_U)
-    assert place_U.min(initial=0) >= 0 and place_U.max(initial=0) < len(index)
-    assert np.array_equal(index.hash_M[place_U] == asked_U, np.isin(asked_U, index.hash_M))
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40), st.sampled_from([1, 4, 16]))
-def test_hashes_of_any_kind(numbers, num_shards):
-    hash_N = np.array(numbers, np.uint64)
-    owned = list(range(num_shards))
-    asked_U = np.concatenate([hash_N, hash_N + np.uint64(1), hash_N - np.uint64(1), ENDS])
-    check(index_of(hash_N, num_shards, owned), asked_U, num_shards, owned)
-
-
-def test_hashes_that_crowd_in_one_bucket():
-    hash_N = np.arange(3000, dtype=np.uint64) + np.uint64(1 << 40)
-    check(index_of(hash_N, 4, [0, 1, 2, 3]), np.concatenate([hash_N, hash_N + np.uint64(3000), ENDS]), 4, [0, 1, 2, 3])
+@example(range(1 << 40, (1 << 40) + 3000), 4)  # which crowd in one bucket
+def test_hashes_of_any_kind(numbers: Sequence[int], num_shards: int) -> None:
+    hash_N = np.unique(np.array(numbers, np.uint64))
+    ends = np.searchsorted(shard_of_hash(hash_N, num_shards), np.arange(1, num_shards))
+    index = HashIndex(list(range(num_shards)), np.split(hash_N, ends), num_shards)
+    asked_U = np.concatenate([hash_N, hash_N + np.uint64(1), hash_N - np.uint64(1), hash_N + np.uint64(3000), ENDS])
+    place_U = index.places(asked_U, shard_of_hash(asked_U, num_shards))
+    assert place_U.min(initial=0) >= 0 and place_U.max(initial=0) < len(index)
+    assert np.array_equal(index.hash_M[place_U] == asked_U, np.isin(asked_U, index.hash_M))
 
 
 def test_keys_that_change_are_found(store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +306,7 @@ def test_keys_that_change_are_found(store: FeatureStore, cache: Path, monkeypatc
         return table.take([1, 0, *range(2, len(table))])
 
     monkeypatch.setattr(DataFile, "read", other_keys)
-    with raises(CorruptFileError, Problem.CHANGED_WHILE_READ):
+    with raises(errors.CorruptFileError, Problem.CHANGED_WHILE_READ):
         FeaturePartition.load(store, cache_dir=cache)
     assert names(cache) == set()
 
@@ -432,7 +401,7 @@ def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr("featurestore.lookup.cache.FileMemory", lambda limit: lent.append(FileMemory(limit)) or lent[0])
     monkeypatch.setattr("featurestore.lookup.cache.append_rows" if plain else "os.pwrite", full)
-    with raises(StorageError, Problem.CANNOT_USE_CACHE, where=cache, reason=re.compile("No space left")) as caught:
+    with raises(errors.StorageError, Problem.CANNOT_USE_CACHE, where=cache, reason=re.compile("No space")) as caught:
         open_or_build([store.snapshot().shard_reader(3)], cache, threads=1)
     assert caught.value.__cause__ is not None  # as in a thread whose error waits to be raised
     assert can_borrow(lent[0], lent[0].limit_bytes)
@@ -539,16 +508,17 @@ def test_the_default_is_a_users_folder(store: FeatureStore, tmp_path: Path, monk
     assert list((tmp_path / "xdg" / "crossmedia" / "features").glob("*.rows.bin"))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
-    with raises(StorageError, Problem.NO_HOME_FOLDER):
+    with raises(errors.StorageError, Problem.NO_HOME_FOLDER):
         default_cache_dir()
 
 
 OTHER = 12_345
 IS_ROOT = os.geteuid() == 0
+GiveAway = Callable[[Path], None]
 
 
 @pytest.fixture
-def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+def give_away(monkeypatch: pytest.MonkeyPatch) -> GiveAway:
     """Give a file or folder to another user; where this one may not, it only looks so."""
     if IS_ROOT:
         return lambda path: os.chown(path, OTHER, OTHER, follow_symlinks=False)
@@ -580,12 +550,12 @@ def test_folder_and_files_are_for_their_user_alone(store: FeatureStore, cache: P
 
 @pytest.mark.parametrize("flaw", ["another user's", 0o777, 0o775])
 def test_a_folder_into_which_others_can_write_is_refused(
-    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: Callable[[Path], None], flaw: str | int
+    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: GiveAway, flaw: str | int
 ) -> None:
     check_served(store, cache, rows)
     give_away(cache) if isinstance(flaw, str) else cache.chmod(flaw)
     before = {path: (path.stat().st_mtime_ns, mode_of(path)) for path in [cache, *cache.iterdir()]}
-    with raises(StorageError, Problem.OTHERS_CAN_WRITE, where=cache):
+    with raises(errors.StorageError, Problem.OTHERS_CAN_WRITE, where=cache):
         check_served(store, cache, rows)
     assert {path: (path.stat().st_mtime_ns, mode_of(path)) for path in [cache, *cache.iterdir()]} == before
 
@@ -595,13 +565,7 @@ def test_a_folder_into_which_others_can_write_is_refused(
     [("another user's", ".rows.bin"), ("a link", ".keys.npy"), (0o666, ".json"), (0o620, ".rows.bin")],
 )
 def test_a_file_that_others_can_change_is_built_again(
-    store: FeatureStore,
-    cache: Path,
-    rows: FeatureRows,
-    give_away: Callable[[Path], None],
-    tmp_path: Path,
-    flaw: str | int,
-    suffix: str,
+    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: GiveAway, flaw: str | int, suffix: str
 ) -> None:
     """Put there while the folder was open to others."""
     check_served(store, cache, rows)
@@ -611,8 +575,7 @@ def test_a_file_that_others_can_change_is_built_again(
     if isinstance(flaw, int):
         place.chmod(flaw)
     elif flaw == "a link":
-        shutil.move(place, tmp_path / "elsewhere")
-        place.symlink_to(tmp_path / "elsewhere")
+        place.symlink_to(shutil.move(place, cache.with_name("elsewhere")))
     else:
         give_away(place)
     check_served(store, cache, rows)

@@ -58,11 +58,8 @@ def outside(tmp_path: Path) -> Path:
 
 def sealed(fields: dict[str, Any]) -> bytes:
     """What `seal` would make of them, did they not have to be valid."""
-    return encoded({**fields, "digest": hashlib.sha256(encoded(fields)).hexdigest()})
-
-
-def encoded(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, indent=1).encode()
+    body = json.dumps(fields, indent=1).encode()
+    return json.dumps({**fields, "digest": hashlib.sha256(body).hexdigest()}, indent=1).encode()
 
 
 def link_out(store: FeatureStore, path: str, outside: Path) -> Path:

@@ -3,10 +3,8 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +20,7 @@ from featurestore.problems import Problem
 from featurestore.storage import safety
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
-from tests.cli import invoke, ran
+from tests.cli import begun, invoke, ran, wait_until
 from tests.faulty import FaultyStorage
 from tests.proxy import Fault, Proxy
 from tests.raised import raises, told
@@ -119,11 +117,8 @@ def test_every_flaw_is_named(tmp_path: Path, reason: Problem) -> None:
 
 @pytest.mark.long
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "featurestore", "check-backend", str(tmp_path), "--rounds", "100000"]
-    check = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while len(list(tmp_path.glob(".tmp-check-*/*"))) < 10:
-        assert check.poll() is None
-        time.sleep(0.01)
+    check = begun(sys.executable, "-m", "featurestore", "check-backend", tmp_path, "--rounds", "100000")
+    wait_until(lambda: len(list(tmp_path.glob(".tmp-check-*/*"))) >= 10, lambda: "no file", job=check, pause_s=0.01)
     os.killpg(check.pid, signal.SIGINT)  # as a terminal does: to the racers too
     _, said = check.communicate(timeout=20)
     assert check.returncode != 0 and "Traceback" not in said

@@ -5,6 +5,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,17 +15,7 @@ import pyarrow as pa
 import pytest
 from threadpoolctl import threadpool_limits
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo
-from featurestore.errors import (
-    CommitConflictError,
-    CorruptFileError,
-    InvalidRowsError,
-    SnapshotNotFoundError,
-    SpecMismatchError,
-    StoreExistsError,
-    StoreNotFoundError,
-    UnsafeBackendError,
-)
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors
 from featurestore.problems import Problem
 from featurestore.spec import FileEntry
 from featurestore.storage.storage import Storage
@@ -33,7 +24,7 @@ from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
-from tests.featurestore.conftest import put
+from tests.featurestore.conftest import INFO, make_rows, put
 from tests.featurestore.contents import metadata_of, run, spoil
 from tests.raised import raises
 
@@ -46,20 +37,12 @@ def drawn(count: int, seed: int = 0) -> np.ndarray:
     """Rows far from zero that vary along a few directions, and a little along all."""
     draw = np.random.default_rng(seed)
     directions = np.random.default_rng(99).standard_normal((8, DIM)) * np.geomspace(4, 0.3, 8)[:, None]
-    return (draw.standard_normal((count, 8)) @ directions + 0.05 * draw.standard_normal((count, DIM)) + 20).astype(
-        np.float32
-    )
+    rows = draw.standard_normal((count, 8)) @ directions + 0.05 * draw.standard_normal((count, DIM)) + 20
+    return rows.astype(np.float32)
 
 
 def rows_of(first: int, count: int, seed: int = 0) -> FeatureRows:
-    return FeatureRows.of(
-        [f"{i}.jpg" for i in range(first, first + count)],
-        drawn(count, seed),
-        content_digests=[i.to_bytes(15, "big") + b"\0" for i in range(first, first + count)],
-        source_tags=[f"tag-{i}" for i in range(first, first + count)],
-        widths=np.arange(count),
-        heights=np.arange(count) + 1,
-    )
+    return replace(make_rows(count, INFO, seed, first), features_ND=drawn(count, seed))
 
 
 @pytest.fixture
@@ -143,9 +126,8 @@ def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp
     remake(source, tmp_path / "new", dims=8, dtype="float32")
     fields = json.loads((tmp_path / "new" / "store.json").read_bytes())["reduction"]
     data = (tmp_path / "new" / fields["path"]).read_bytes()
-    assert (
-        hashlib.sha256(data).hexdigest() == fields["sha256"] == Path(fields["path"]).stem and fields["full_dim"] == DIM
-    )
+    assert hashlib.sha256(data).hexdigest() == fields["sha256"] == Path(fields["path"]).stem
+    assert fields["full_dim"] == DIM
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])
     arrays = {}
@@ -166,7 +148,7 @@ def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp
 
 def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
     def refused(problem: Problem, store: FeatureStore = source, dims: int = 8, place: str = "new", **told: Any) -> None:
-        kind = StoreExistsError if place != "new" else InvalidRowsError
+        kind = errors.StoreExistsError if place != "new" else errors.InvalidRowsError
         with raises(kind, problem, **{"where": store.url, **told}):
             remake(store, tmp_path / place, dims=dims)
         assert not (tmp_path / "new").exists() or Storage(tmp_path / "new").entries() == []
@@ -187,7 +169,7 @@ def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInf
     refused(Problem.TOO_FEW_DIRECTIONS, plane, 3, value=3, limit=2)
     assert remake(plane, tmp_path / "plane2", dims=2).variance_kept == pytest.approx(1)
     found = {"where": tmp_path / "plane2", "value": "float32, 2 of 40 numbers"}
-    with raises(InvalidRowsError, Problem.COMPACT_ALREADY, **found):
+    with raises(errors.InvalidRowsError, Problem.COMPACT_ALREADY, **found):
         remake(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", dims=1)
 
 
@@ -201,18 +183,18 @@ def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> No
     shard = next(shard for shard, files in b.snapshot().manifest.shards.items() if entry in files)
     (tmp_path / "a" / entry.path).write_bytes((tmp_path / "b" / entry.path).read_bytes())
     differs = re.compile(r"reduction\.sha256 is .* instead of")
-    with raises(SpecMismatchError, Problem.ANOTHER_KIND, value=differs):
+    with raises(errors.SpecMismatchError, Problem.ANOTHER_KIND, value=differs):
         a.commit({shard: entry}, "copied")
-    with raises(SpecMismatchError, Problem.ANOTHER_KIND, where=re.compile(a.url), value=differs):
+    with raises(errors.SpecMismatchError, Problem.ANOTHER_KIND, where=re.compile(a.url), value=differs):
         FeatureStore.open_or_create(a.url, b.info)
     manifest = b.snapshot().manifest
     a.storage.write_bytes("log/00000000000000000002.json", b.storage.read_bytes(f"log/{manifest.version:020}.json"))
-    with pytest.raises((SpecMismatchError, CorruptFileError)):
+    with pytest.raises((errors.SpecMismatchError, errors.CorruptFileError)):
         FeaturePartition.load(a.url, rank=0, num_ranks=1, cache_dir=tmp_path / "cache")
     made = {"version": 3, "source": source.url, "value": "float32, 8 of 40 numbers"}
-    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, where=a.url, **made):
+    with raises(errors.StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, where=a.url, **made):
         remake(source, tmp_path / "a", dims=8)
-    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, where=b.url):
+    with raises(errors.StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, where=b.url):
         remake(source, tmp_path / "b", dims=9)
 
 
@@ -281,10 +263,10 @@ def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path)
     keys, exact = full_rows(source)
     kept = small.codec.decode(small.snapshot().get(keys)).astype(np.float64)
     lengths = np.linalg.norm(exact, axis=1)
-    errors = np.linalg.norm(exact - kept, axis=1) / lengths
+    error_N = np.linalg.norm(exact - kept, axis=1) / lengths
     assert report.accuracy.num_compared == ROWS - 30 and report.accuracy.num_queries == 57
-    assert report.accuracy.relative_error_mean == pytest.approx(errors.mean(), rel=1e-4)
-    assert report.accuracy.relative_error_p99 == pytest.approx(np.percentile(errors, 99), rel=1e-4)
+    assert report.accuracy.relative_error_mean == pytest.approx(error_N.mean(), rel=1e-4)
+    assert report.accuracy.relative_error_p99 == pytest.approx(np.percentile(error_N, 99), rel=1e-4)
     assert report.accuracy.recall_at_10 is not None and report.accuracy.recall_at_10 > 0.97
     assert report.bytes == small.snapshot().manifest.file_bytes and read_report(small.storage) == report
     exact_report = remake(source, tmp_path / "copy", dtype="float32")
@@ -308,12 +290,12 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
     files = sorted((tmp_path / "new").rglob("*"))
     assert remake(source, tmp_path / "new", dtype="bfloat16") == report
     made = {"where": tmp_path / "new", "version": 3, "source": source.url, "value": re.compile("^bfloat16")}
-    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, **made):
+    with raises(errors.StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, **made):
         remake(source, tmp_path / "new", dtype="float16")
     source.put(rows_of(2000, 10))
-    with raises(StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, **made):
+    with raises(errors.StoreExistsError, Problem.OTHER_ROWS_IN_THE_WAY, **made):
         remake(source, tmp_path / "new", dtype="bfloat16")
-    with raises(SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=source.url, value=9):
+    with raises(errors.SnapshotNotFoundError, Problem.NO_SNAPSHOT, where=source.url, value=9):
         remake(source, tmp_path / "more", dtype="bfloat16", version=9)
     assert sorted((tmp_path / "new").rglob("*")) == files
     assert remake(source, tmp_path / "first", dtype="bfloat16", version=1).num_rows == ROWS
@@ -328,11 +310,11 @@ def test_rows_put_meanwhile_stay(source: FeatureStore, tmp_path: Path, monkeypat
         return write(storage, info, shard, *arguments)
 
     monkeypatch.setattr(module, "write_shard_file", others_put)
-    with raises(CommitConflictError, Problem.ANOTHER_NEWEST, where=tmp_path / "new", value=1, wanted=0):
+    with raises(errors.CommitConflictError, Problem.ANOTHER_NEWEST, where=tmp_path / "new", value=1, wanted=0):
         remake(source, tmp_path / "new", dtype="bfloat16")
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().num_rows == 5
-    with raises(StoreExistsError, Problem.STORE_IN_THE_WAY, where=tmp_path / "new"):
+    with raises(errors.StoreExistsError, Problem.STORE_IN_THE_WAY, where=tmp_path / "new"):
         remake(source, tmp_path / "new", dtype="bfloat16")  # though the report says what was asked
 
 
@@ -342,30 +324,30 @@ def test_what_cannot_be_remade_is_said(
     bad = rows_of(3000, 1)
     bad.features_ND[0, 4] = 1e6
     source.put(bad)
-    with raises(InvalidRowsError, Problem.BEYOND_DTYPE, where=re.compile(r"3000\.jpg$"), dtype="float16"):
+    with raises(errors.InvalidRowsError, Problem.BEYOND_DTYPE, where=re.compile(r"3000\.jpg$"), dtype="float16"):
         remake(source, tmp_path / "half", dtype="float16")
     empty = FeatureStore.create(tmp_path / "empty", info)
     report = remake(empty, tmp_path / "bits", dtype="float32")
     assert report.num_rows == 0 and report.accuracy.recall_at_10 is None and report.accuracy.relative_error_p99 is None
     entry = source.snapshot().manifest.files(2)[0]
     spoil(source, entry.path)
-    with raises(CorruptFileError, Problem.DIGEST_DIFFERS, where=source.storage.full(entry.path)):
+    with raises(errors.CorruptFileError, Problem.DIGEST_DIFFERS, where=source.storage.full(entry.path)):
         remake(source, tmp_path / "broken", dtype="bfloat16")
-    with raises(StoreNotFoundError, Problem.NO_STORE, where=tmp_path / "broken"):
+    with raises(errors.StoreNotFoundError, Problem.NO_STORE, where=tmp_path / "broken"):
         FeatureStore.open(tmp_path / "broken")
     spoil(source, entry.path)  # back
     monkeypatch.setattr("featurestore.format.datafile.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
     bad.features_ND[0, 3] = np.nan
     source.put(bad)
-    with raises(InvalidRowsError, Problem.SHARD_NOT_FINITE, where=source.url, shard=re.compile(r"^\d$")):
+    with raises(errors.InvalidRowsError, Problem.SHARD_NOT_FINITE, where=source.url, shard=re.compile(r"^\d$")):
         remake(source, tmp_path / "new", dims=8)
 
 
 def test_an_unsafe_place_is_refused(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse = Mock(side_effect=UnsafeBackendError("two were told that they were first"))
+    refuse = Mock(side_effect=errors.UnsafeBackendError("two were told that they were first"))
     for name in ("store", "upkeep.remake"):
         monkeypatch.setattr(f"featurestore.{name}.refuse_unsafe", refuse, raising=False)
-    with pytest.raises(UnsafeBackendError):
+    with pytest.raises(errors.UnsafeBackendError):
         remake(source, tmp_path / "new", dtype="bfloat16")
     assert Storage(tmp_path / "new").entries() == []
 

@@ -18,14 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, shard_of
-from featurestore.errors import (
-    CommitConflictError,
-    CorruptFileError,
-    FormatVersionError,
-    SnapshotNotFoundError,
-    StorageError,
-)
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, errors, shard_of
 from featurestore.format.datafile import encode, schema_of, table_of
 from featurestore.format.shard import newest_rows
 from featurestore.log import EXPIRED, manifest_path, versions
@@ -73,7 +66,7 @@ def test_files_of_older_snapshots_are_checked_once_and_told_apart(filled: Featur
     assert [found.path for found in verify(filled, 1).problems] == [old.path]
     assert verify(filled, 5).problems == []
     run("verify", filled.url, "--version", 5, code=0)
-    with raises(SnapshotNotFoundError, Problem.NO_SNAPSHOT_TO_VERIFY, where=filled.url, value=9):
+    with raises(errors.SnapshotNotFoundError, Problem.NO_SNAPSHOT_TO_VERIFY, where=filled.url, value=9):
         verify(filled, 9)
 
 
@@ -110,7 +103,7 @@ def test_an_unreadable_sector_is_damage(filled: FeatureStore, monkeypatch: pytes
     for method in ("read_bytes", "read_into"):
         monkeypatch.setattr(DiskFiles, method, failing(getattr(DiskFiles, method)))
     for look in (verify, repair):
-        with raises(StorageError, Problem.REFUSED, where=place, reason="Permission denied"):
+        with raises(errors.StorageError, Problem.REFUSED, where=place, reason="Permission denied"):
             look(filled)
     code = errno.EIO
     assert str(place.relative_to(filled.url)) in {problem.path for problem in verify(filled).problems}
@@ -152,7 +145,7 @@ def test_a_file_of_a_newer_program_asks_for_an_update(filled: FeatureStore, name
     path = Path(filled.url) / name
     path.write_bytes(seal(unseal(path.read_bytes(), model, "x").model_copy(update={"format_version": 2})))
     for look in (verify, repair):
-        with raises(FormatVersionError, Problem.FORMAT_TOO_NEW, where=path, value=2):
+        with raises(errors.FormatVersionError, Problem.FORMAT_TOO_NEW, where=path, value=2):
             look(filled)
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), "format_version": 1}).encode())
     assert [problem.kind for problem in verify(filled).problems] == [{"store.json": "info"}.get(name, "manifest")]
@@ -190,7 +183,7 @@ def test_broken_promises_are_found_where_all_digests_fit(store: FeatureStore, pr
     wanted = {"unit": "tombstones", "wanted": 0} if promise is Problem.WRONG_NUMBER else {}
     compare(found.error, promise, where=store.storage.full(files_of(store)[0].path), **wanted)
     if not wanted:
-        with raises(CorruptFileError, Problem.SHARD_OUT_OF_ORDER, shard=3, where=store.url):
+        with raises(errors.CorruptFileError, Problem.SHARD_OUT_OF_ORDER, shard=3, where=store.url):
             FeaturePartition.load(store, cache_dir=tmp_path / "cache")
 
 
@@ -323,7 +316,7 @@ def test_a_commit_that_a_repair_took_as_the_newest_good_one_stays(filled: Featur
             left.pop()()
         return answer
 
-    with raises(StorageError, Problem.UNKNOWN_IF_LOGGED, where=filled.storage.full(manifest_path(4))):
+    with raises(errors.StorageError, Problem.UNKNOWN_IF_LOGGED, where=filled.storage.full(manifest_path(4))):
         faulty(filled, create_exclusive=made).put(mine)
     assert set(mine.keys_N.tolist()) <= set(everything(filled)) and filled.snapshot(4).version == 4
 
@@ -331,7 +324,7 @@ def test_a_commit_that_a_repair_took_as_the_newest_good_one_stays(filled: Featur
 def test_a_restore_meanwhile_makes_it_begin_again(filled: FeatureStore) -> None:
     """What newer files decided is no longer decided: the damaged file's keys need other tombstones."""
     spoil_features(filled, files_of(filled)[1])
-    with raises(CommitConflictError, Problem.REPLACED_MEANWHILE, where=re.compile("data/0003/")):
+    with raises(errors.CommitConflictError, Problem.REPLACED_MEANWHILE, where=re.compile("data/0003/")):
         repair(faulty(filled, create_exclusive=preceded_by(lambda: restore(filled, 2))))
     assert repair(filled).version == 5 and verify(filled).problems == []
 
@@ -365,7 +358,7 @@ def test_a_damaged_file_of_old_snapshots_is_noted(filled: FeatureStore, tmp_path
     assert repair(filled).version is None and filled.snapshot().version == 4
     report = verify(filled)
     assert report.problems == [] and [known.path for known in report.known] == [base.path]
-    with raises(CorruptFileError, Problem.DIGEST_DIFFERS, where=filled.storage.full(base.path)):
+    with raises(errors.CorruptFileError, Problem.DIGEST_DIFFERS, where=filled.storage.full(base.path)):
         FeaturePartition.load(filled, version=1, cache_dir=tmp_path)
     spoil(filled, f"damaged/{filled.storage.list('damaged')[0]}")
     assert len(verify(filled).problems) == 1  # a note that is damaged counts for nothing
@@ -388,7 +381,7 @@ def test_damaged_statistics_are_dropped(store: FeatureStore, tmp_path: Path) -> 
 def test_without_a_good_manifest_a_backup_is_asked_for(store: FeatureStore) -> None:
     put(store, 10)
     spoil(store, manifest_path(1))
-    with raises(CorruptFileError, Problem.NO_GOOD_MANIFEST, where=store.url):
+    with raises(errors.CorruptFileError, Problem.NO_GOOD_MANIFEST, where=store.url):
         repair(store)
 
 
@@ -438,7 +431,7 @@ def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
 def test_a_damaged_newest_manifest_gives_way_to_the_one_before(filled: FeatureStore, tmp_path: Path) -> None:
     before = everything(filled, 2)
     spoil(filled, manifest_path(3))
-    with raises(CorruptFileError, Problem.WRONG_DIGEST, where=filled.storage.full(manifest_path(3))):
+    with raises(errors.CorruptFileError, Problem.WRONG_DIGEST, where=filled.storage.full(manifest_path(3))):
         filled.snapshot()
     report = repair(filled)
     assert report.version == 4 and "what 3 had changed is lost" in report.actions[0]
@@ -520,9 +513,9 @@ def test_a_manifest_whose_files_are_gone_stays_in_expired(filled: FeatureStore) 
 def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, version: int) -> None:
     filled.storage.write_bytes(manifest_path(version), filled.storage.read_bytes(manifest_path(3)))
     stray = {"where": filled.storage.full(manifest_path(version)), "value": 3}
-    with raises(CorruptFileError, Problem.ANOTHER_MANIFEST, **stray):
+    with raises(errors.CorruptFileError, Problem.ANOTHER_MANIFEST, **stray):
         filled.snapshot()
-    with raises(CorruptFileError, Problem.ANOTHER_MANIFEST, **stray):  # no commit goes behind it
+    with raises(errors.CorruptFileError, Problem.ANOTHER_MANIFEST, **stray):  # no commit goes behind it
         put(filled, 5)
     assert versions(filled.storage) == [1, 2, 3, version]
     before = filled.snapshot(3).manifest.shards
@@ -553,7 +546,7 @@ def test_none_goes_from_above_an_older_file_whose_rows_it_may_delete(layered: Fe
     layered.delete(make_rows(60, layered.info).keys_N)
     files = layered.snapshot().manifest.files(2)
     for gone in (files[1:], [files[0], files[2]], files[-1:]):
-        with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
+        with raises(errors.CommitConflictError, Problem.REPLACED_MEANWHILE):
             layered.commit({}, "x", replaces={2: gone})
     assert layered.snapshot().manifest.files(2) == files and layered.snapshot().num_rows == 0
 
@@ -562,13 +555,10 @@ def test_a_new_one_in_the_middle_keeps_its_place(layered: FeatureStore) -> None:
     files = layered.snapshot().manifest.files(2)
     entry = layered.write(make_rows(80, layered.info, seed=6))[2]
     assert len(files) == 4
-    with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
+    with raises(errors.CommitConflictError, Problem.REPLACED_MEANWHILE):
         layered.commit({2: entry.model_copy(update={"kind": "base"})}, "x", replaces={2: files[1:3]})
-    with raises(CommitConflictError, Problem.REPLACED_MEANWHILE):
+    with raises(errors.CommitConflictError, Problem.REPLACED_MEANWHILE):
         layered.commit({2: entry}, "x", replaces={2: [files[1], files[3]]})
-    snapshot = layered.commit({2: entry}, "x", replaces={2: files[1:3]})
-    assert [(file.path, file.kind) for file in snapshot.manifest.files(2)] == [
-        (files[0].path, "base"),
-        (entry.path, "delta"),
-        (files[3].path, "delta"),
-    ]
+    found = layered.commit({2: entry}, "x", replaces={2: files[1:3]}).manifest.files(2)
+    assert [file.path for file in found] == [files[0].path, entry.path, files[3].path]
+    assert [file.kind for file in found] == ["base", "delta", "delta"]

@@ -16,7 +16,7 @@ from distributed import Client
 
 import pipeline.cluster.submit
 from pipeline.problems import Problem
-from tests.cli import begun, ran
+from tests.cli import begun, ran, wait_until
 from tests.commands.calls import call
 from tests.raised import told
 
@@ -145,10 +145,8 @@ def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script,
     ran, known = tmp_path / "ran", set(cluster.scheduler.clients)
     body = script(f"open({str(ran)!r}, 'w')")
     process = start("--scheduler", cluster.scheduler_address, "--wait-workers", 3, "--timeout", 600, body)
-    end = time.monotonic() + 60
     # Until it waits for workers: on a busy machine its imports alone take seconds.
-    while set(cluster.scheduler.clients) <= known and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until(lambda: not set(cluster.scheduler.clients) <= known, lambda: "it does not connect", 60, process)
     time.sleep(0.3)
     process.send_signal(number)
     _, err = process.communicate(timeout=150)

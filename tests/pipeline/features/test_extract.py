@@ -191,14 +191,9 @@ def test_features_of_another_network_or_dtype_are_refused_by_store_and_workers(m
 
 
 @pytest.fixture
-def folder(write):
-    return write(a=1, b=2, c=3, d=4, e=5, f=6, g=7)
-
-
-@pytest.fixture
-def full(make, folder, tmp_path):
+def full(make, write, tmp_path):
     """A store of all numbers, float32."""
-    make(folder, "full")
+    make(write(a=1, b=2, c=3, d=4, e=5, f=6, g=7), "full")
     return FeatureStore.open(tmp_path / "full")
 
 
@@ -210,9 +205,9 @@ def numbers(path, uris=None):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_extraction_into_a_compact_store_makes_the_rows_that_remake_makes(make, write, folder, full, tmp_path, dtype):
+def test_extraction_into_a_compact_store_makes_the_rows_that_remake_makes(make, write, full, tmp_path, dtype):
     remake(full, tmp_path / "small", dims=DIMS, dtype=dtype)
-    write(later=40, and_later=41)
+    folder = write(later=40, and_later=41)
     summary = make(folder, "small", dtype=None)
     assert summary.num_new == summary.num_computed == 2
     make(folder, "full")
@@ -223,7 +218,8 @@ def test_extraction_into_a_compact_store_makes_the_rows_that_remake_makes(make, 
     assert (np.abs(made - expected) <= step + 1e-6 * np.abs(expected).max()).all() and np.ptp(expected) > 0
 
 
-def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder, full, computed, tmp_path):
+def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, full, computed, tmp_path):
+    folder = write()
     remake(full, tmp_path / "features", dims=DIMS, dtype="float32")
     with raises(SpecMismatchError, Problem.WRONG_WIDTH, wanted=12, value=512):
         make(folder, dtype=None, backbone="resnet18:avgpool")

@@ -208,9 +208,8 @@ def test_images_and_store_on_s3_by_their_etags(make, run, write, s3_url, tmp_pat
     assert remote == local
 
 
-def lost(self, *args, **kwargs):
-    """In the place of a commit."""
-    raise StorageError("the power went out")
+LOST = Mock(side_effect=StorageError("the power went out"))
+"""In the place of a commit."""
 
 
 def test_a_run_that_goes_on_leaves_unread_images_to_the_next_one(made, run, write, monkeypatch, computed, tmp_path):
@@ -219,7 +218,7 @@ def test_a_run_that_goes_on_leaves_unread_images_to_the_next_one(made, run, writ
     done = sum(computed)
     with monkeypatch.context() as trouble:
         trouble.setattr("pipeline.features.part.read_image", unreachable)
-        trouble.setattr(FeatureStore, "commit", lost)
+        trouble.setattr(FeatureStore, "commit", LOST)
         with pytest.raises(StorageError, match="the power went out"):
             run(folder, part_size=1)
     assert counts(run(folder, part_size=1)) == (0, 2, 0, 1, 0, 1, 0, 0)
@@ -233,7 +232,7 @@ def test_a_part_counts_while_its_images_stay(again, gone, num_resumed, made, run
     folder = made(a=1, b=2, c=3, d=4, e=5)
     write(a=10, b=20, c=30, d=40)
     with monkeypatch.context() as trouble:
-        trouble.setattr(FeatureStore, "commit", lost)
+        trouble.setattr(FeatureStore, "commit", LOST)
         with pytest.raises(StorageError, match="the power went out"):
             run(folder, part_size=1)
     for name in again:

@@ -152,6 +152,10 @@ def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
     assert [ref.size_bytes for ref in listing.images] == [5, 7, -1, 8, 5]
 
 
+TEXT_AS_KEY = {"column": "key", "value": "string", "wanted": "int64", "hint": ""}
+NUMBER_AS_ID = {"column": "id", "value": "int64", "wanted": "string", "hint": re.compile(" key ")}
+
+
 @pytest.mark.parametrize(
     ("content", "problem", "values"),
     [
@@ -159,21 +163,9 @@ def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
         ("key,uri\n", Problem.NO_ROWS, {}),
         ("key,uri\nseven,b.jpg\n", Problem.REFUSED, {"action": "read"}),
         ('key,uri\n1,"b.jpg\n2,a/z.PNG\n', Problem.REFUSED, {"action": "read", "reason": re.compile("^line 2: ")}),
-        (
-            'key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n',
-            Problem.REFUSED,
-            {"action": "read", "reason": Problem.QUOTED_LINES.of(3)},
-        ),
-        (
-            {"key": ["1"], "uri": ["b.jpg"]},
-            Problem.WRONG_TYPE,
-            {"column": "key", "value": "string", "wanted": "int64", "hint": ""},
-        ),
-        (
-            {"id": [1], "uri": ["b.jpg"]},
-            Problem.WRONG_TYPE,
-            {"column": "id", "value": "int64", "wanted": "string", "hint": re.compile(" key ")},
-        ),
+        ('key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n', Problem.REFUSED, {"reason": Problem.QUOTED_LINES.of(3)}),
+        ({"key": ["1"], "uri": ["b.jpg"]}, Problem.WRONG_TYPE, TEXT_AS_KEY),
+        ({"id": [1], "uri": ["b.jpg"]}, Problem.WRONG_TYPE, NUMBER_AS_ID),
         ({"key": [1, None], "uri": ["b.jpg", "c.jpg"]}, Problem.EMPTY_VALUES, {"column": "key", "count": 1}),
         (b"PAR1 and nothing more", Problem.REFUSED, {"action": "read"}),
     ],

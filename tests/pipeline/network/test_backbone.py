@@ -27,6 +27,8 @@ pytestmark = pytest.mark.long  # they make whole networks
 SMALL_ONES = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"]
 SMALL = "mobilenet_v3_small:avgpool"
 NEAR = re.compile(r"\bavgpool\b")
+AN_IMAGE = {"layer": "layer4.1.relu_1", "value": "(512, 7, 7)"}
+TOKENS = {"layer": "encoder.ln", "value": "(197, 768)"}
 TABLE = "features.1.0.attn.relative_position_bias_table"
 
 
@@ -148,18 +150,8 @@ def test_preprocessing_is_that_of_the_weights_and_a_block_stands_for_its_last_op
         ("resnet81:avgpool", Problem.NO_SUCH_MODEL, {"value": "resnet81"}, r"\bresnet18,"),
         ("resnet18:avgpol", Problem.NO_SUCH_LAYER, {"value": "avgpol", "near": NEAR}, r":avgpool \(512\)"),
         ("resnet18", Problem.LAYER_NEEDED, {"model": "resnet18"}, r"resnet18:flatten \(512\)"),
-        (
-            "resnet18:layer4",
-            Problem.NOT_ONE_VECTOR,
-            {"layer": "layer4.1.relu_1", "value": "(512, 7, 7)"},
-            r"resnet18:avgpool \(512\)",
-        ),
-        (
-            "vit_b_16:encoder.ln",
-            Problem.NOT_ONE_VECTOR,
-            {"layer": "encoder.ln", "value": "(197, 768)"},
-            r"vit_b_16:getitem_5 \(768\)",
-        ),
+        ("resnet18:layer4", Problem.NOT_ONE_VECTOR, AN_IMAGE, r"resnet18:avgpool \(512\)"),
+        ("vit_b_16:encoder.ln", Problem.NOT_ONE_VECTOR, TOKENS, r"vit_b_16:getitem_5 \(768\)"),
         ("vit_b_16:encoder.dim", Problem.NOT_ONE_VECTOR, {"layer": "encoder.dim", "value": "no tensor"}, ""),
         ("vgg16:classifier.1x", Problem.NO_SUCH_LAYER, {"value": "classifier.1x"}, ""),
         ("", Problem.NO_SUCH_MODEL, {"value": ""}, ""),

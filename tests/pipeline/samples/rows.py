@@ -13,6 +13,7 @@ import yaml
 from distributed import Client
 
 from featurestore.keys import key_of_uri
+from featurestore.published.versions import open_published
 from pipeline.options import SampleOptions
 from pipeline.problems import Problem
 from pipeline.samples.added import add_days
@@ -123,8 +124,10 @@ def write_in_pieces(folder: Path, rng: random.Random, impressions: list[Row], be
     write(folder, in_pieces(rng, impressions), in_pieces(rng, behaviors))
 
 
-def all_bytes(folder: str) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.parquet")}
+def all_bytes(place: str | Path) -> dict[str, bytes]:
+    """Read every Parquet file of samples, on a disk or S3."""
+    storage = open_published(place)
+    return {each.path: storage.read_bytes(each.path) for each in storage.entries() if each.path.endswith(".parquet")}
 
 
 def quarantine(folder: Path) -> list[tuple[str, int, str]]:

@@ -95,27 +95,17 @@ def test_wrong_type_is_named_with_column_and_file(which, name, value, kind, buil
         build(*tables.values())
 
 
+FIRST, SECOND = "/day=00.parquet", "/day=01.parquet"
+LACKS_USER = {"value": "user", "near": re.compile(r"\bcategory, ")}
+OF_USER, TWICE = {"column": "user", "value": "uint64"}, {"value": "user", "count": 2}
+
+
 @pytest.mark.parametrize(
     ("problem", "file", "values", "tables_of"),
     [
-        (
-            Problem.COLUMN_MISSING,
-            "/day=01.parquet",
-            {"value": "user", "near": re.compile(r"\bcategory, ")},
-            lambda log: [log, log.drop_columns(["user"])],
-        ),
-        (
-            Problem.WRONG_TYPE,
-            "/day=00.parquet",
-            {"column": "user", "value": "uint64"},
-            lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))],
-        ),
-        (
-            Problem.REPEATED_COLUMN,
-            "/day=00.parquet",
-            {"value": "user", "count": 2},
-            lambda log: [log.append_column("user", log["user"])],
-        ),
+        (Problem.COLUMN_MISSING, SECOND, LACKS_USER, lambda log: [log, log.drop_columns(["user"])]),
+        (Problem.WRONG_TYPE, FIRST, OF_USER, lambda log: [replaced(log, "user", pa.array([2**63], pa.uint64()))]),
+        (Problem.REPEATED_COLUMN, FIRST, TWICE, lambda log: [log.append_column("user", log["user"])]),
         (Problem.NO_LOG_FILES, "", {}, lambda log: []),
         (Problem.EMPTY_FILES, "", {"count": 1}, lambda log: [log.slice(0, 0)]),
     ],

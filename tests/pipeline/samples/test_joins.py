@@ -133,7 +133,7 @@ def test_new_days_are_those_of_a_rebuild_and_take_the_table_as_it_is_then(tables
     tables.add(days="2026-01-02")
     added = all_bytes(tables.options.samples)
     build_samples(dataclasses.replace(tables.options, samples=str(tables.folder / "anew")), tables.client)
-    assert added == all_bytes(str(tables.folder / "anew"))
+    assert added == all_bytes(tables.folder / "anew")
     tables.put("products.csv", PRODUCTS.replace("Acme", "Acme & Sons"))
     tables.add(days="2026-01-02")
     of_ann = [row["ad_maker"][0] for row in read(tables.options.samples) if row["user"] == key("ann")]

@@ -27,7 +27,7 @@ MAPPING: dict[str, Any] = {
     "join": {"item": {"files": "products", "column": "sku"}},
 }
 PRODUCTS = pa.table({"sku": ["a", "b"], "price": [1.5, 2.5]})
-Write = Callable[[Path, list[pa.Table]], None]
+Write = Callable[[Path, pa.Table], None]
 
 
 def shown(days: int) -> pa.Table:
@@ -39,31 +39,26 @@ def shown(days: int) -> pa.Table:
     return pa.table(columns | {"image": [f"{n % 3}.jpg" for n in rows], "label": label})
 
 
-def write_lance(place: Path, versions: list[pa.Table]) -> None:
+def write_lance(place: Path, table: pa.Table) -> None:
     import lance
 
-    for table in versions:
-        lance.write_dataset(table, str(place), mode="overwrite")
+    lance.write_dataset(table, str(place), mode="overwrite")
 
 
-def write_delta(place: Path, versions: list[pa.Table]) -> None:
+def write_delta(place: Path, table: pa.Table) -> None:
     from deltalake import write_deltalake
 
-    for table in versions:
-        write_deltalake(str(place), table, mode="overwrite")
+    write_deltalake(str(place), table, mode="overwrite")
 
 
-def write_iceberg(place: Path, versions: list[pa.Table]) -> None:
+def write_iceberg(place: Path, table: pa.Table) -> None:
     from pyiceberg.catalog import load_catalog
 
     where = {"uri": f"sqlite:///{place.parent.parent}/{place.name}.db", "warehouse": f"file://{place.parent.parent}"}
     catalog = load_catalog("shop", type="sql", **where)
     catalog.create_namespace_if_not_exists(place.parent.name)
-    made = catalog.create_table_if_not_exists(
-        f"{place.parent.name}.{place.name}", schema=versions[0].schema, location=f"file://{place}"
-    )
-    for table in versions:
-        made.overwrite(table)
+    name = f"{place.parent.name}.{place.name}"
+    catalog.create_table_if_not_exists(name, schema=table.schema, location=f"file://{place}").overwrite(table)
 
 
 WRITERS: dict[Kind, tuple[Write, str]] = {
@@ -84,8 +79,8 @@ def lake(kind: Kind, shop: Shop) -> Shop:
     pytest.importorskip(PACKAGES[kind][0], reason=f"{PACKAGES[kind][1]} is not installed")
     write, _ = WRITERS[kind]
     (shop.folder / "logs").mkdir(exist_ok=True)
-    write(shop.folder / "logs" / "shown", [shown(1).slice(0, 5), shown(2)])
-    write(shop.folder / "logs" / "products", [PRODUCTS])
+    for name, table in (("shown", shown(1).slice(0, 5)), ("shown", shown(2)), ("products", PRODUCTS)):
+        write(shop.folder / "logs" / name, table)
     return shop
 
 
@@ -113,7 +108,7 @@ def test_samples_are_those_of_plain_files(lake: Shop, plain: Shop, kind: Kind) -
 
 def test_a_day_is_added_from_the_newest_version(lake: Shop, plain: Shop, kind: Kind) -> None:
     _, before = lake.build(MAPPING)
-    WRITERS[kind][0](lake.folder / "logs" / "shown", [shown(3)])
+    WRITERS[kind][0](lake.folder / "logs" / "shown", shown(3))
     plain.put("shown/a.parquet", shown(3))
     lake.add(since="2026-01-01")
     expected, _ = plain.build(MAPPING)
@@ -140,9 +135,8 @@ def test_without_its_package_a_table_is_named(shop: Shop, monkeypatch: pytest.Mo
     shop.put("products/a.parquet", PRODUCTS)
     shop.put("shown/_delta_log/0.json", "{}")
     monkeypatch.setitem(sys.modules, "deltalake", None)
-    with raises(
-        DataError, Problem.NO_TABLE_PACKAGE, where=shop.folder / "logs/shown", kind="Delta", package="deltalake"
-    ):
+    lacking = {"where": shop.folder / "logs/shown", "kind": "Delta", "package": "deltalake"}
+    with raises(DataError, Problem.NO_TABLE_PACKAGE, **lacking):
         shop.build(MAPPING)
     assert not list(shop.folder.glob(".crossmedia-tables-*"))
 

@@ -261,33 +261,24 @@ def dies_at(tmp_path: Path) -> Kill:
     return run
 
 
-def run_machine(dies_at: Kill | None, examples: int, steps: int, url: str = "") -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
-        patch.setattr("featurestore.format.datafile.BLOCK_BYTES", 16)  # of a few rows each
-        run_state_machine_as_test(
-            lambda: StoreMachine(dies_at, url),
-            settings=settings(
-                max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
-            ),
-        )
+MANY = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-MANY = pytest.param(80, 25, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
-
-
-@pytest.mark.parametrize(("examples", "steps"), [(6, 12), MANY])
-def test_random_commits_against_a_dict(dies_at: Kill, examples: int, steps: int) -> None:
-    run_machine(dies_at, examples, steps)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("examples", "steps"), [(8, 20), MANY])
-def test_random_commits_in_memory(memory_url: str, examples: int, steps: int) -> None:
-    run_machine(None, examples, steps, memory_url)
-
-
-@pytest.mark.services
-@pytest.mark.parametrize(("examples", "steps"), [(2, 15), MANY])
-def test_random_commits_on_s3(s3_url: str, examples: int, steps: int) -> None:
-    run_machine(None, examples, steps, s3_url)
+@pytest.mark.parametrize(
+    ("place", "examples", "steps"),
+    [
+        ("dies_at", 6, 12), pytest.param("memory_url", 8, 20, marks=pytest.mark.long), ("s3_url", 2, 15),
+        *(pytest.param(place, 80, 25, marks=MANY) for place in ("dies_at", "memory_url", "s3_url")),
+    ],
+)  # fmt: skip
+def test_random_commits_against_a_dict(
+    place: str, examples: int, steps: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
+    monkeypatch.setattr("featurestore.format.datafile.BLOCK_BYTES", 16)  # of a few rows each
+    made = request.getfixturevalue(place)
+    bounds = {"max_examples": examples, "stateful_step_count": steps, "suppress_health_check": list(HealthCheck)}
+    run_state_machine_as_test(
+        lambda: StoreMachine(made) if place == "dies_at" else StoreMachine(None, made),
+        settings=settings(**bounds, deadline=None),
+    )

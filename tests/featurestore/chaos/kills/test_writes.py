@@ -130,8 +130,8 @@ def with_images_to_take_down(store: FeatureStore) -> None:
     move_channel(store, "stable", 3)
 
 
-def take_down(store: FeatureStore) -> None:
-    assert purge(store, IMAGES, writer_hours=0).is_complete
+def take_down(store: FeatureStore, **options: Any) -> None:
+    assert purge(store, IMAGES, **options).is_complete
 
 
 def all_or_none_are_gone(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
@@ -150,10 +150,6 @@ def with_young_images_to_take_down(store: FeatureStore) -> None:
     put(store, 20)
     put(store, 20, seed=1)
     move_channel(store, "stable", 2)
-
-
-def take_young_ones_down(store: FeatureStore) -> None:
-    assert purge(store, IMAGES).is_complete
 
 
 def with_damage(store: FeatureStore) -> None:
@@ -182,10 +178,7 @@ def mended(done: FeatureStore, calm: FeatureStore) -> None:
     assert set(versions(done.storage, EXPIRED)) <= set(versions(done.storage)), "only copies of what is in the log"
 
 
-def with_rows(store: FeatureStore) -> None:
-    put(store, 60)
-    put(store, 20, seed=1)
-    store.delete(make_rows(5, store.info).keys_N)
+with_rows = partial(fill, count=60, newer=20, gone=5)
 
 
 def new_one(store: FeatureStore) -> str:
@@ -209,10 +202,8 @@ def same_new_store(done: FeatureStore, calm: FeatureStore) -> None:
 
 WORKS = {
     "extract": Work(with_rows, extract_them, all_or_nothing, same_rows),
-    "purge": Work(with_images_to_take_down, take_down, all_or_none_are_gone, none_is_left),
-    "purge of young files": Work(
-        with_young_images_to_take_down, take_young_ones_down, all_or_none_are_gone, none_is_left
-    ),
+    "purge": Work(with_images_to_take_down, partial(take_down, writer_hours=0), all_or_none_are_gone, none_is_left),
+    "purge of young files": Work(with_young_images_to_take_down, take_down, all_or_none_are_gone, none_is_left),
     "repair": Work(with_damage, repair, anything, mended),
     "repair of the log": Work(with_expired_manifests, repair, anything, mended),
     "remake": Work(with_rows, partial(make_anew, dtype="float16"), nothing_is_committed, same_new_store),
