@@ -245,7 +245,7 @@ def test_a_quote_that_is_not_closed_stops_the_job_with_its_line(job, place, capl
     text = job(code=1)
     assert re.search(unreadable("shows/a.csv", "line 6: .* 100 lines"), text)
     assert not (place / "samples").exists()
-    assert re.search(r"a\.csv .*line 6: ", inspect("inspect", place / "logs", code=1))
+    assert re.search(r"a\.csv: line 6: ", inspect("inspect", place / "logs", code=1))
     (place / "logs/shows/a.csv").unlink()
     (place / "logs/visits.csv").write_text(VISITS.replace(",", "\t"))
     mapping = changed(csv={"delimiter": "\t"})
@@ -360,7 +360,7 @@ def test_a_folder_that_is_not_there_and_json_lines_are_told_and_how_to_convert_t
 def test_text_of_another_encoding_is_told(job, place):
     (place / "logs/shows/a.csv").write_bytes(SHOWS.replace("Rome", "Köln").encode("utf-16"))
     assert re.search(unreadable("shows/a.csv", ".*UTF-16 or UTF-32, not in UTF-8"), job(code=1))
-    assert re.search(r"a\.csv .*UTF-16", inspect("inspect", place / "logs", code=1))
+    assert re.search(r"a\.csv: .*UTF-16", inspect("inspect", place / "logs", code=1))
     many = [f"{1767261610 + n},ann,5,5.jpg,1,1,Rome,1,b" for n in range(40_000)]
     (place / "logs/shows/a.csv").write_bytes(shows_of([*many, many[0].replace("Rome", "Köln")]).encode("latin-1"))
     assert re.search(told(Problem.WRONG_ENCODING, where=place / "logs/shows/a.csv", value="utf-8"), job(code=1))
