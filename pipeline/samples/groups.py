@@ -96,10 +96,8 @@ def make_groups(impressions: logs.Columns, behaviors: logs.Columns, rules: Group
     chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category", *further)}
     if rules.behavior_age:
         chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // logs.MICROSECONDS
-    change = np.bincount(high_G - take_G, minlength=num_behaviors + 1) - np.bincount(
-        high_G, minlength=num_behaviors + 1
-    )
-    used = int(np.count_nonzero(np.cumsum(change)[:num_behaviors] > 0))  # places in one of the ranges, or in several
+    opened, closed = (np.bincount(edge_G, minlength=num_behaviors + 1) for edge_G in (high_G - take_G, high_G))
+    used = int(np.count_nonzero(np.cumsum(opened - closed) > 0))  # behaviours within one group's range, or several
     counts = Counter(behaviors=num_behaviors, used=used, clicks=num_clicks, unmatched=num_unmatched)
     return LogGroups(impressions, chosen, start_G, size_G, take_G, counts)
 

@@ -162,8 +162,8 @@ def pinned() -> dict[str, Version]:
     lines = [line for file in (PINS, PINS.with_name("torch.txt")) for line in file.read_text().splitlines()]
     found = {}
     for line in lines:
-        if line.strip() and not line.startswith((" ", "#")):
-            name, _, version = line.removesuffix("\\").partition(";")[0].strip().partition("==")
+        if not line.startswith("#"):
+            name, _, version = line.partition(" ")[0].partition("==")
             found[canonicalize_name(name)] = Version(version)
     return found
 
@@ -187,9 +187,8 @@ def test_all_that_we_need_is_pinned() -> None:
         name = canonicalize_name(requirement.name)
         assert name in have and have[name] in requirement.specifier, f"pin {requirement} in {PINS.name}"
     for file in FILE.parent.glob("*.txt"):
-        blocks = file.read_text().split("\n")
-        heads = [number for number, line in enumerate(blocks) if line and not line.startswith((" ", "#"))]
-        assert heads and all(re.match(r"    --hash=sha256:[0-9a-f]{64}", blocks[number + 1]) for number in heads)
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        assert lines and all(re.fullmatch(r"\S+==\S+( ;[^#]*)?( --hash=sha256:[0-9a-f]{64})+", line) for line in lines)
     installs = re.findall(r"pip install .*--requirement", FILE.read_text())
     assert len(installs) == 2 and all("--no-deps --require-hashes" in install for install in installs)
 

@@ -103,9 +103,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_what_the_page_shows_works(
-    server: ServerProcess, published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_page_shows_works(server: ServerProcess, published: Published, tmp_path: Path) -> None:
     """And what the server's first page says to try, copied as it is."""
 
     def in_shell(line: str) -> Any:
@@ -119,16 +117,12 @@ def test_what_the_page_shows_works(
     assert in_shell(blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")) == expected
     (to_try,) = re.findall(r'"try":"([^"]*)"', server.client.get("/").text)
     assert "$TOKEN" not in to_try and len(in_shell(to_try)["scores"]) == 3
-    by_our_client, by_arrow, by_tensors = (
+    by_json, by_arrow, by_tensors = (
         code.replace("localhost:8080", f"{server.host}:{server.port}") for code in blocks("python")
     )
-    monkeypatch.syspath_prepend(ROOT / "deploy" / "client")
     names: dict[str, Any] = {"request": request}
-    exec(by_our_client, names)
+    exec(by_json, names)
     assert names["scores"] == expected["scores"]
-    scorer = names["scorer"]
-    assert scorer.is_ready() and scorer.score_many([request])[0]["scores"] == expected["scores"]
-    assert scorer.example() == server.client.get("/v1/example").json()
     names = {"samples": published.samples}
     exec(by_arrow, names)
     assert [len(scores) for scores in names["scores"]] == [len(each) for each in names["table"]["ad_item"].to_pylist()]
