@@ -180,7 +180,7 @@ def sample(group: list[Row], behaviors: list[Row], options: SampleOptions) -> Ro
     made = {name: first[name] for name in ("user", "session", "user_age")} | {"timestamp": int(high), "day": day}
     made |= {f"behavior_{name}": [row[n] for row in newest] for n, name in enumerate(("item", "image", "category"), 1)}
     made |= {f"ad_{name}": [row[name] for row in group] for name in ("item", "image", "category", "scene")}
-    return made | {"label": [row["label"] for row in group]}
+    return made | {"label": [row["label"] for row in group], "history": newest}
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 5, 10, 11])  # each number of partitions and behaviours twice, each window
@@ -193,12 +193,14 @@ def test_groups_are_those_of_the_reference(seed, options, client, tmp_path, monk
     options = dataclasses.replace(options, **drawn, window_days=rng.choice([1, 14]))
     summary = build_samples(options, client)
     groups = reference(impressions, behaviors, options)
+    used = {(row["user"], *behavior) for row in groups for behavior in row.pop("history")}
     assert read(options.samples, "train") == groups  # and so in this order
     labels = [label for row in groups for label in row["label"]]
     log = summary["impressions"]
     assert (log["rows"], log["kept"], log["kept"] + log["duplicates"]) == (len(impressions), len(labels), log["rows"])
     log = summary["behaviors"]
     assert log["rows"] == len(behaviors) == sum(log[name] for name in ("used", "unused", "short_dwell", "duplicates"))
+    assert log["used"] == len(used)
     assert log["short_dwell"] == sum(row["dwell_s"] < 5 for row in behaviors)
     expected = {
         "users": len({row["user"] for row in impressions}), "groups": len(groups),
