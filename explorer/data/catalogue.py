@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from explorer.data.ads import AdFigures
 from explorer.data.background import Task
 from explorer.data.cache import TableCache, about_of, described, digest_of
-from explorer.data.snapshots import name_of, newest_at
+from explorer.data.snapshots import name_of, newest_at, open_snapshot
 from featurestore import log
 from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
@@ -182,10 +182,10 @@ def make_catalogue(store: FeatureStore, snapshot: Snapshot, figures: AdFigures, 
     def named() -> Iterator[pa.Table]:
         task.tell("reads the names of all images")
         table, before = _names(snapshot), _before(store, snapshot)
-        task.tell(f"compares with snapshot {before}")
-        is_old: Any = pc.is_in(table[KEY], value_set=pa.array(store.snapshot(before).keys()))
+        task.tell(f"compares with snapshot {before.version}")
+        is_old: Any = pc.is_in(table[KEY], value_set=pa.array(before.keys()))
         table = table.append_column(_IS_NEW, pc.invert(is_old))
-        yield table.cast(described(table.schema, before))
+        yield table.cast(described(table.schema, before.version))
 
     names = _FILES.get(digest_of(name_of(snapshot)), named)
     return Catalogue(names, figures, figures.places(names[KEY].to_numpy()))
@@ -214,11 +214,12 @@ def _folders(uris_N: Any) -> Any:
     return pc.if_else(in_folder_N, first_N, pa.scalar("", pa.large_string())).combine_chunks().dictionary_encode()
 
 
-def _before(store: FeatureStore, snapshot: Snapshot) -> int:
-    """Find the snapshot that new images are not in: of a day before, or the first one that is kept."""
-    before = newest_at(store, snapshot.manifest.time_s - _NEW_S).version if snapshot.version else 0
-    first = min([each for each in log.versions(store.storage) if each <= snapshot.version], default=snapshot.version)
-    return min(before or first, snapshot.version)
+def _before(store: FeatureStore, snapshot: Snapshot) -> Snapshot:
+    """Open the snapshot that new images are not in: of a day before, or the first one that is kept."""
+    before = newest_at(store, snapshot.manifest.time_s - _NEW_S).snapshot
+    if not before.version and snapshot.version:
+        before = open_snapshot(store, min(log.versions(store.storage), default=None))
+    return min(before, snapshot, key=lambda each: each.version)
 
 
 def _most(names: Any) -> dict[str, int]:

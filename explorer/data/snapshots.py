@@ -209,7 +209,7 @@ class ChangeCounts:
 class Since:
     """The snapshot that was the newest at a time, or the nearest one if it has expired."""
 
-    version: int
+    snapshot: Snapshot
     is_exact: bool
     """Whether no snapshot since that time has expired."""
 
@@ -249,20 +249,21 @@ class Changes:
 
 
 def newest_at(store: FeatureStore, time_s: float) -> Since:
-    """Find the snapshot that was the newest at a time; 0, the empty store, before the first commit.
+    """Open the snapshot that was the newest at a time; 0, the empty store, before the first commit.
 
-    Reads a few manifests by binary search, as their times are ascending. Raises NotHereError, CorruptFileError.
+    Reads a few manifests by binary search, as their times are ascending, and begins again if one expires meanwhile.
+    Raises NotHereError, CorruptFileError.
     """
     known = log.versions(store.storage)
-
-    def time_of(version: int) -> float:
-        return open_snapshot(store, version).manifest.time_s
-
-    later = bisect.bisect_right(known, time_s, key=time_of)
-    before = known[later - 1] if later else 0
-    if later == len(known) or known[later] == before + 1:
-        return Since(before, True)
-    return Since(before or known[0], False)
+    try:
+        later = bisect.bisect_right(known, time_s, key=lambda version: open_snapshot(store, version).manifest.time_s)
+        before = known[later - 1] if later else 0
+        is_exact = later == len(known) or known[later] == before + 1
+        return Since(open_snapshot(store, before if is_exact else before or known[0]), is_exact)
+    except NotHereError:
+        if {*known} <= {*log.versions(store.storage)}:
+            raise
+    return newest_at(store, time_s)
 
 
 def _count(old: Snapshot, new: Snapshot, diff: Callable[[Snapshot, Snapshot, int], SnapshotDiff]) -> ChangeCounts:

@@ -143,16 +143,14 @@ class StorePages(PageKind):
         if until is not None and until <= since:
             raise ExplorerError(Problem.NOT_LATER, _day_text(until), _day_text(since))
         start = newest_at(store, since.timestamp())
-        new = newest
-        if until is not None:
-            new = open_snapshot(store, newest_at(store, until.timestamp()).version)
+        new = newest if until is None else newest_at(store, until.timestamp()).snapshot
         note = (
             ""
             if start.is_exact
             else "Snapshots from then have expired or were purged. "
-            f"These are the changes since snapshot {start.version}."
+            f"These are the changes since snapshot {start.snapshot.version}."
         )
-        old = open_snapshot(store, min(start.version, new.version))
+        old = min(start.snapshot, new, key=lambda snapshot: snapshot.version)
         params = {
             "since": _day_text(since),
             "until": _day_text(until) if until else None,

@@ -73,24 +73,38 @@ def test_a_shard_with_the_same_files_is_not_looked_at_and_compaction_changes_no_
 
 def test_the_newest_snapshot_at_a_time(store, tmp_path):
     times = [store.snapshot(version).manifest.time_s for version in (1, 2, 3, 4)]
-    assert [newest_at(store, time_s).version for time_s in times] == [1, 2, 3, 4]
-    assert newest_at(store, times[0] - 1).version == 0
-    assert newest_at(store, times[3] + 1e9).version == 4
-    assert newest_at(store, (times[1] + times[2]) / 2).version == 2
+    assert [newest_at(store, time_s).snapshot.version for time_s in times] == [1, 2, 3, 4]
+    assert newest_at(store, times[0] - 1).snapshot.version == 0
+    assert newest_at(store, times[3] + 1e9).snapshot.version == 4
+    assert newest_at(store, (times[1] + times[2]) / 2).snapshot.version == 2
     assert all(newest_at(store, time_s).is_exact for time_s in [0.0, *times])
     empty = newest_at(make_store(tmp_path / "empty"), 1e9)
-    assert (empty.version, empty.is_exact) == (0, True)
+    assert (empty.snapshot.version, empty.is_exact) == (0, True)
 
 
 def test_an_expired_time_gives_the_nearest_that_is_kept_and_says_so(store):
     times = [store.snapshot(version).manifest.time_s for version in (1, 2, 3, 4)]
     expire(store, keep_last=2, keep_days=0, grace_days=0)
-    assert newest_at(store, times[0] - 1) == newest_at(store, times[1])
-    assert (newest_at(store, times[0]).version, newest_at(store, times[0]).is_exact) == (3, False)
-    assert (newest_at(store, times[2]).version, newest_at(store, times[2]).is_exact) == (3, True)
+    assert newest_at(store, times[0] - 1).snapshot.version == 3
+    assert (newest_at(store, times[0]).snapshot.version, newest_at(store, times[0]).is_exact) == (3, False)
+    assert (newest_at(store, times[2]).snapshot.version, newest_at(store, times[2]).is_exact) == (3, True)
     assert [snapshots.version_before(store, version) for version in (1, 3, 4)] == [0, None, 3]
     with pytest.raises(NotHereError, match="2 has expired"):
         open_snapshot(store, 2)
+
+
+def test_a_snapshot_that_expires_while_a_time_is_looked_for_is_none_of_those_that_are_kept(store, monkeypatch):
+    times = [store.snapshot(version).manifest.time_s for version in (1, 2, 3, 4)]
+
+    def expiring(storage):
+        monkeypatch.undo()
+        found = snapshots.log.versions(storage)
+        expire(store, keep_last=2, keep_days=0, grace_days=0)
+        return found
+
+    monkeypatch.setattr(snapshots.log, "versions", expiring)
+    found = newest_at(store, times[0])
+    assert (found.snapshot.version, found.is_exact) == (3, False)
 
 
 def test_images_are_counted_without_reading_where_that_is_exact(store):
