@@ -16,11 +16,11 @@ DIM, NUM_SHARDS, SEED = 16, 8, 7
 STEPS, MANY_STEPS = 3, 12
 """Of a variant, whose learning rate falls before the last one; and of one whose rows make room or begin anew."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+"""Of losses and weights, by the dtype of the weights."""
 DTYPES = tuple(TOLERANCE)
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16"
 """Of a whole run: a table with a row for each ID, and the tables of the packaged fields."""
-"""Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
 OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=2, eps=1e-6, ids="rowwise_adagrad")
 
