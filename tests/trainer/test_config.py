@@ -109,6 +109,8 @@ EXACT_ITEM = "model.tables.item={kind: exact, max_rows: 9, "
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", r"data\.train_days=\[\]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
+        ("data.store_version=true", told(Problem.NOT_A_SNAPSHOT, value=True)),
+        ("data.store_version=-1", told(Problem.NOT_A_SNAPSHOT, value=-1)),
         ("data.store_version=../x", told(StoreProblem.NOT_A_CHANNEL_NAME, value="../x")),
         ("run.warm_parts=half", "run.warm_parts='half': it should be 'partial' or 'all'"),
         ("run.name=x; run.overwrite=true; run.resume=latest", told(Problem.RESUME_AND_OVERWRITE, value="latest")),

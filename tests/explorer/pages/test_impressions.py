@@ -43,10 +43,18 @@ def test_the_list_is_fetched_after_the_page_is_shown(world: World) -> None:
 
 def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, tmp_path: Path) -> None:
     score_run(RunSource(world.runs / "both"), str(tmp_path / "scores.parquet"), SoloComm())
-    columns = pq.read_table(tmp_path / "scores.parquet", columns=["row", "place", "probability"]).to_pydict().values()
-    expected = {(row, place): probability for row, place, probability in zip(*columns, strict=True)}
-    text = pages.get("/impressions?wait=list&order=score").text
-    shown = re.findall(r'href="/impressions/both/(\d+)\?ad=(\d+)".*?Why ([\d.]+) %\?', text, re.S)
+    names = ["row", "place", "probability", "label"]
+    rows = list(zip(*pq.read_table(tmp_path / "scores.parquet", columns=names).to_pydict().values(), strict=True))
+    expected = {(row, place): probability for row, place, probability, _ in rows}
+
+    def listed(query: str) -> list[tuple[str, ...]]:
+        text = pages.get(f"/impressions?wait=list&{query}").text
+        return re.findall(r'href="/impressions/both/(\d+)\?ad=(\d+)".*?Why ([\d.]+) %\?', text, re.S)
+
+    clicked = {(row, place) for row, place, _, label in rows if label == 1}
+    assert {(int(row), int(place)) in clicked for row, place, _ in listed("clicked=yes")} == {True}
+    assert {(int(row), int(place)) in clicked for row, place, _ in listed("clicked=no")} == {False}
+    shown = listed("order=score")
     assert len(shown) == 24
     best = sorted(expected.values(), reverse=True)[:24]
     for (group, place, percent), probability in zip(shown, best, strict=True):

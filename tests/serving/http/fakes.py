@@ -97,7 +97,7 @@ class FakeModel:
 
 @dataclass
 class FakeSource(BundleSource):
-    """Reads which version is in use from a file that tests write: {"version", "vectors", "broken", "score_s",
+    """Reads which version is in use from a file that tests write: {"version", "vectors", "broken", "load_s", "score_s",
     "slow_item"}."""
 
     file: Path
@@ -111,6 +111,7 @@ class FakeSource(BundleSource):
         value = json.loads(self.file.read_text())
         if value.get("broken"):
             raise BrokenBundleError(f"bundle {identity.version}: network.pt2 is not what was published")
+        time.sleep(value.get("load_s", 0))
         self.opened.append(FakeModel(identity, **{key: value[key] for key in SLOW if key in value}))
         return self.opened[-1]
 

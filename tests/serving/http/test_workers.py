@@ -148,7 +148,7 @@ def test_draining_ends_after_its_time(tmp_path: Path) -> None:
 
 
 def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Path) -> None:
-    with fake_server(write_state(tmp_path, version=3), tmp_path, workers=2, poll_s=0.1) as server:
+    with fake_server(write_state(tmp_path, version=3, load_s=0.3), tmp_path, workers=2, poll_s=0.1) as server:
         server.wait_for("loaded version 3", 2)
         with load(server) as (versions, failures):
             first, second = workers_of(server)
@@ -157,6 +157,7 @@ def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Pa
             count = len(versions)
             while server.log().count("loaded version 3") < 3:  # also after the new one has figures, and no model yet
                 assert "serving_model_version 3.0" in server.client.get("/metrics").text
+                assert httpx2.get(f"{server.url}/v2/health/ready").status_code == 200  # it answers once it has a model
                 assert server.process.poll() is None
                 time.sleep(0.02)
             assert len(versions) > count  # the other one answered meanwhile
