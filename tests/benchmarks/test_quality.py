@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +26,6 @@ from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies
 from benchmarks.quality.runs import Spec
 from tests.cli import figures_of
 from tests.raised import raises, told
-from tests.running.spared import WITHOUT_PANDAS
 from tests.trainer.conftest import make_days
 from trainer.config import load_config
 from trainer.errors import DataError
@@ -36,12 +34,6 @@ from trainer.schema.fields import DEFAULT_SCHEMA, file_of_month, load_schema
 ITEMS = 50
 DAYS = [f"2026-01-0{day}" for day in range(1, 5)]
 needs_fuxictr = pytest.mark.skipif(not fuxictr_python().exists(), reason="FuxiCTR is not installed here")
-
-
-@pytest.fixture(autouse=True)
-def with_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FuxiCTR needs it, in processes of its own."""
-    monkeypatch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].replace(WITHOUT_PANDAS, ""))
 
 
 @pytest.fixture(scope="module")
