@@ -8,7 +8,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +21,6 @@ from benchmarks.process import RunFailedError, fuxictr_python, run_to_end
 from benchmarks.seeds import holm, p_value, seed_mean
 from benchmarks.serve.__main__ import app as serve
 from benchmarks.serve.client import as_many_as_it_can, one_after_the_other
-from benchmarks.soak.measure import growth as slope_of
 from benchmarks.store.__main__ import app as store
 from benchmarks.train.__main__ import app as train
 from benchmarks.train.__main__ import check_fuxictr
@@ -39,7 +37,6 @@ HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs
 HEADLINE += ["warm_open_s"]
 OF_GPU = ["samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step"]
 OF_GPU += ["last_loss"]
-AT_S = np.arange(0, 3_000, 10.0)
 
 
 @pytest.mark.slow
@@ -261,13 +258,3 @@ def test_an_interval_is_students_and_the_test_is_paired() -> None:
     corrected = {"a": 0.03, "b": 0.06, "c": None, "d": 0.06}
     assert holm({"a": 0.01, "b": 0.04, "c": None, "d": 0.03}) == pytest.approx(corrected)
     assert holm({"a": 0.8, "b": 0.9}) == {"a": 1.0, "b": 1.0}
-
-
-def test_growth_is_an_hour_s_and_its_interval_has_the_truth() -> None:
-    noise = np.random.default_rng(0).normal(size=len(AT_S))
-    slope, half = slope_of(list(AT_S), list(300 + 20 * AT_S / 3_600 + noise))
-    assert abs(slope - 20) < half < 2
-    for period_s in (30, 600):  # what swings does not grow
-        slope, half = slope_of(list(AT_S), list(300 + 5 * np.sin(2 * np.pi * AT_S / period_s)))
-        assert abs(slope) < half
-    assert slope_of(list(AT_S), [17.0] * len(AT_S)) == pytest.approx((0, 0), abs=1e-6)

@@ -45,7 +45,6 @@ MISSING = [
         "jobs/build_samples --logs {missing} --samples memory://new --scratch {new}",
         "benchmarks.extract --images {missing}", "benchmarks.tables {missing}",
         "benchmarks.tables {tables} --set data.samples={missing} --dir {new}",
-        "benchmarks.soak explorer --demo {missing} --dir {new}",
         "tools/efficientnet_features --images {missing} --out {new}.npy",
         "tools/real_logs frappe {missing} --out {new}",
         "serving check {model} --run {missing} --url http://127.0.0.1:1",

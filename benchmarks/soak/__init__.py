@@ -1,1 +1,0 @@
-"""Soaks: a server under a bounded load for a long time."""
