@@ -47,6 +47,7 @@ class Problem(Sentences):
     NO_PICTURE = "no picture"
     NO_RUN = "there is no run {where!r}"
     NO_RUN_OF_IMAGES = "no run {where!r} whose model looks at images"
+    NO_RUN_WITH_IMAGES = "There is no run with images: name the folder of runs by --runs."
     NO_TOKEN = "no valid token"
     NO_TRAINED_RUN = "there is no run {where!r} with a checkpoint"
     NO_UPLOAD = "No picture can be uploaded: {reason}."

@@ -8,8 +8,10 @@ import logging
 import os
 import secrets
 import sys
+import threading
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -320,6 +322,8 @@ def serve(settings: ExplorerSettings) -> None:
         if credentials.tokens is None
         else LoginGuard(app, site, credentials.tokens, secure=settings.tls_cert is not None)
     )
+    if settings.runs is not None:  # its import takes seconds, for which the first list of images would wait
+        threading.Thread(target=import_module, args=("trainer.runs.saved",), daemon=True).start()
     with listen(settings) as listener:
         allow_connections()
         sys.stderr.write(f"open {url_of(settings, listener)} (Ctrl-C ends)\n")

@@ -10,8 +10,8 @@ from featurestore.errors import Sentences
 from tools.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("featurestore", "pipeline", "trainer", "serving", "explorer")
-"""Those that have a catalogue PACKAGE/problems.py; jobs use that of the pipeline."""
+PACKAGES = ("featurestore", "pipeline", "trainer", "serving", "explorer", "crossmedia")
+"""Those that have a catalogue PACKAGE/problems.py, but for the benchmarks; jobs use that of the pipeline."""
 HEAD = """# Errors
 
 Every error by its sentence. `{where}` stands for the place of a problem (a file, a row, a setting), `{value}` for what

@@ -58,7 +58,7 @@ class LruCache(Generic[ValueT]):
             return self._values.get(name)
 
     def get(self, name: Hashable, make: Callable[[], ValueT]) -> ValueT:
-        """Return the value; concurrent callers compute it once. An error of `make` is not cached."""
+        """Return the value; concurrent callers compute it once, unless `make` raises: an error is not cached."""
         if (found := self.peek(name)) is not None:
             return found
         with self._lock:

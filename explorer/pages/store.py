@@ -144,12 +144,8 @@ class StorePages(PageKind):
             raise ExplorerError(Problem.NOT_LATER, _day_text(until), _day_text(since))
         start = newest_at(store, since.timestamp())
         new = newest if until is None else newest_at(store, until.timestamp()).snapshot
-        note = (
-            ""
-            if start.is_exact
-            else "Snapshots from then have expired or were purged. "
-            f"These are the changes since snapshot {start.snapshot.version}."
-        )
+        kept = f"These are the changes since snapshot {start.snapshot.version}."
+        note = "" if start.is_exact else f"Snapshots from then have expired or were purged. {kept}"
         old = min(start.snapshot, new, key=lambda snapshot: snapshot.version)
         params = {
             "since": _day_text(since),
