@@ -107,7 +107,7 @@ def make(folder: Path, knobs: Knobs, progress: Progress) -> Workload:
     elif folder.exists() and any(folder.iterdir()):
         raise WorkloadError(Problem.NOT_A_WORKLOAD, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text("{}\n")  # a killed run is begun anew
+    mark.write_text("{}\n")  # what a killed run left is made again
     _write_store(workload, progress)
     _write_samples(workload, progress)
     (folder / "schema.yaml").write_text(yaml.safe_dump(_schema(), sort_keys=False))

@@ -7,8 +7,9 @@
 # With a second word it does the one part alone: all packages but Horovod, or Horovod, which is built beside other work then.
 #
 # PYTHON names the Python to make it with, by default the first one found of 3.11 to 3.13; an environment of another
-# Python than PYTHON is made anew. TORCH names releases in place of the newest. HOROVOD_GPU_OPERATIONS: see build_horovod.sh. HOROVOD=no leaves Horovod out, and needs
-# no compiler; an environment without it stays so until HOROVOD=yes.
+# Python than PYTHON is made again. TORCH names releases in place of the newest. HOROVOD_GPU_OPERATIONS: see
+# build_horovod.sh. HOROVOD=no leaves Horovod out, and needs no compiler; an environment without it stays so until
+# HOROVOD=yes.
 set -euo pipefail
 
 venv=$1

@@ -249,7 +249,7 @@ def follow(
     folder = folder_of(base)
 
     def opened() -> list[Day]:
-        refuse_given(base, _CHOSEN, "trainer.daily chooses it for each day")
+        refuse_given(base, _CHOSEN, "crossmedia daily chooses it for each day")
         _claim(folder, base)
         days = _days_of(base.data.samples)
         warm = base.run.warm_start is not None

@@ -32,7 +32,7 @@ from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TakenOverError
 from trainer.problems import Problem
-from trainer.runs import checkpoint
+from trainer.runs import checkpoint, saving
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
 from trainer.runs.saved import open_trained, read_run
 from trainer.runs.saving import Checkpointer, CheckpointPlace, Outcome, WrittenPart, copied, state_bytes, write_tensors
@@ -487,7 +487,8 @@ def test_a_removed_one_is_read_to_its_end_and_then_gone(folder: RunPath, monkeyp
         save(place, step, keep=1)
     assert steps_of(folder) == [80]
     assert values(held) == {5.0}
-    monkeypatch.setattr("trainer.runs.saving.KEEP_REMOVED_S", -5.0)
+    assert saving.KEEP_REMOVED_S == 600, "docs/TROUBLE.md says that removed ones are read for ten minutes more"
+    monkeypatch.setattr(saving, "KEEP_REMOVED_S", -5.0)
     save(folder, 90, keep=1)
     assert len(files_of(folder)) == 3, "of one checkpoint: state, dense, rows"
     assert values(finished(folder)[0]) == {1.0}

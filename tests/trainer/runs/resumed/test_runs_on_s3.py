@@ -144,6 +144,7 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
     told = "warning: the checkpoint of step 2 could not be written: [Errno 28] No space left on device"
     assert told in capsys.readouterr().out.replace("\n", " ")
     assert report_of(run)["checkpoints"] == {"written": 1, "failed": 2}
+    assert training.MOST_FAILURES == 5, "docs/TROUBLE.md says that the sixth in a row ends the run"
     monkeypatch.setattr(training, "MOST_FAILURES", 1)
     with raises(CheckpointError, Problem.CHECKPOINTS_FAIL, where=4, reason=re.compile("No space left"), before=1):
         train_on(places, tmp_path, "b")
