@@ -46,7 +46,7 @@ def main(
     run: Annotated[
         str | None,
         typer.Option(
-            help="Folder or address of a trained run, or those of crossmedia daily: the newest that is evaluated.",
+            help="Folder or address of a run, or of the runs of crossmedia daily: the newest that is evaluated.",
             show_default="the newest in data/runs",
         ),
     ] = None,

@@ -202,7 +202,7 @@ class ImagePages(PageKind):
 
     def _in_visual(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         if asked.run is None:
-            return Space(name="visual", problem=Problem.NO_RUN_WITH_IMAGES.of())
+            return Space(name="visual", problem=Problem.NEEDS_RUN_OF_IMAGES.of())
         task = begin_vectors(self.site.places, asked.run, snapshot, self.site.background)
         if asked.key is None:
             task.wait(_PATIENCE_S)

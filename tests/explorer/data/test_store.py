@@ -85,9 +85,9 @@ def test_the_newest_snapshot_at_a_time(store, tmp_path):
 def test_an_expired_time_gives_the_nearest_that_is_kept_and_says_so(store):
     times = [store.snapshot(version).manifest.time_s for version in (1, 2, 3, 4)]
     expire(store, keep_last=2, keep_days=0, grace_days=0)
-    assert newest_at(store, times[0] - 1).snapshot.version == 3
-    assert (newest_at(store, times[0]).snapshot.version, newest_at(store, times[0]).is_exact) == (3, False)
-    assert (newest_at(store, times[2]).snapshot.version, newest_at(store, times[2]).is_exact) == (3, True)
+    for time_s, is_exact in ((times[0] - 1, False), (times[0], False), (times[1], False), (times[2], True)):
+        found = newest_at(store, time_s)
+        assert (found.snapshot.version, found.is_exact) == (3, is_exact)
     assert [snapshots.version_before(store, version) for version in (1, 3, 4)] == [0, None, 3]
     with pytest.raises(NotHereError, match="2 has expired"):
         open_snapshot(store, 2)
