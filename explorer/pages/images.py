@@ -88,7 +88,7 @@ class ImagePages(PageKind):
             images = catalogue.images(found[paging.first : paging.first + PER_PAGE])
         return self._page(
             request,
-            "search",
+            "found",
             f"Images with {query.text[:60]}" if query.text else "Images",
             snapshot,
             task=task,

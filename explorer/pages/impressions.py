@@ -119,7 +119,7 @@ class ImpressionPages(PageKind):
             if at == "newest" or not isinstance(error.__cause__, SnapshotNotFoundError):
                 raise
             context["expired"] = one_line(error)
-        return self.site.page(request, "impressions/group.html", title=f"Impressions of group {number:,}", **context)
+        return self.site.page(request, "impressions/why.html", title=f"Impressions of group {number:,}", **context)
 
     async def sent(self, request: Request) -> Response:
         """Show the score of an ad with an uploaded picture, which is not stored."""
