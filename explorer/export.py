@@ -68,8 +68,7 @@ async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) ->
             num_bytes += _write(folder / file_of(address), answer.content)
             done += 1
             tell(done, len(site.linked))
-    text = site.text("/", LEFT_OUT, title="Left out")
-    num_bytes += _write(folder / LEFT_OUT, text.encode())
+        num_bytes += _write(folder / LEFT_OUT, (await client.get(f"/{LEFT_OUT}")).content)
     return ExportedPages(done + 1, num_bytes, errors, len(site.left_out))
 
 

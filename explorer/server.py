@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from explorer.data.visual import MOST_BYTES
 from explorer.errors import NotHereError
 from explorer.html.query import DRAINED
-from explorer.html.site import PICTURE, THUMBNAIL, PageKind, Site
+from explorer.html.site import LEFT_OUT, PICTURE, THUMBNAIL, PageKind, Part, Site
 from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
 from explorer.pages.runs import ModelPages, RunPages
@@ -55,15 +55,19 @@ logger = logging.getLogger("explorer")
 
 
 class HomePages(PageKind):
-    """The page at /, which the site's name links to."""
+    """The page at /, which the site's name links to, and in an export the one in the place of those left out."""
 
     def routes(self) -> Sequence[Route]:
-        """Return the route of the one page."""
-        return [Route("/", self.home)]
+        """Return the routes of the two pages."""
+        return [Route("/", self.home), *([Route(f"/{LEFT_OUT}", self.left_out)] if self.site.frozen else [])]
 
     def home(self, request: Request) -> Response:
         """Show the places and the questions that their pages answer."""
-        return self.site.page(request, "home.html", title="Overview")
+        return self.site.page(request, "Overview", Part(template="home.html"))
+
+    def left_out(self, request: Request) -> Response:
+        """Say that an export holds only so many files."""
+        return self.site.page(request, "Left out", Part(template=LEFT_OUT))
 
 
 _HOLDS_S = 60
@@ -177,9 +181,8 @@ def _failed(site: Site, request: Request, error: Exception) -> Response:
     else:
         status, message = 500, Problem.BUG.of(type(error).__name__)
         logger.error("bug: %s\n%s", error, "".join(traceback.format_tb(error.__traceback__)).rstrip())
-    response = site.page(
-        request, "error.html", title="Not found" if status == 404 else "Error", message=message, status=status
-    )
+    title = "Not found" if status == 404 else "Error"
+    response = site.page(request, title, Part(template="error.html", values={"message": message}), status=status)
     response.headers.update(HEADERS)
     if "HX-Request" in request.headers:
         response.status_code = 200
@@ -267,7 +270,9 @@ class LoginGuard:
         return answer
 
     def _form(self, request: Request, status: int, problem: str) -> HTMLResponse:
-        form = self._site.page(request, "login.html", title="Token", status=status, problem=problem)
+        form = self._site.page(
+            request, "Token", Part(template="login.html", values={"refused": problem}), status=status
+        )
         form.headers.update(HEADERS)
         return form
 

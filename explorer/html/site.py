@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -25,10 +26,13 @@ from explorer.data.background import Background, Task
 from explorer.data.impressions.explained import name_of, percent, points
 from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.data.pictures import Pictures
+from explorer.errors import ExplorerError
+from explorer.html import charts
 from explorer.places import Places
 from featurestore.console.output import figure
+from featurestore.errors import UserError
 from featurestore.log import utc_text
-from featurestore.text import count_text, printable
+from featurestore.text import count_text, one_line, printable
 
 Param = str | int | float | bool | None
 
@@ -55,7 +59,7 @@ def file_of(address: str) -> str:
     """Name the file of an address in an exported folder: readable, unique, and plain ASCII whatever it names."""
     if address == "/":
         return "index.html"
-    if address.startswith(STATIC):
+    if address.startswith((STATIC, f"/{LEFT_OUT}")):
         return address[1:]
     name = f"{_ODD.sub('-', address)[:48].strip('-')}-{xxhash.xxh3_64_hexdigest(address.encode())}"
     return f"pictures/{name}.jpg" if address.startswith(PICTURE) else f"pages/{name}.html"
@@ -114,7 +118,7 @@ FILTERS = {each.__name__: each for each in (number, things, signed, size, time, 
 
 THUMBNAIL = 160
 """Pixels of the longer side of a picture in a list."""
-_LOOK_S, _POLL_S = 0.1, 2.0
+LOOK_S, _POLL_S = 0.1, 2.0
 """Seconds that a page waits for a task before it shows its progress: at first, and when it asks again."""
 _asked: ContextVar[str] = ContextVar("address of the page that is being written")
 
@@ -132,6 +136,33 @@ class Question(NamedTuple):
     words: str
     path: str
     answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a page: one element, named after its template, and what it shows.
+
+    A page is a list of parts. It is sent without those that are not quick; each of them is then asked for by
+    `wait=NAME` at the page's own address. In an export all are computed, one after the other.
+    """
+
+    template: str
+    values: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(default_factory=dict)
+    """Values for the template, or what computes them when the part is written.
+
+    `again_s` among them: the page asks for the part again after so many seconds. A UserError becomes a sentence in the
+    part's place; the page's error if it has no other part, or if the request is wrong (ExplorerError).
+    """
+    is_quick: bool = True
+    task: Task[Any] | None = None
+    """The background task without whose result `values` would wait; its progress is shown until it ends."""
+    what: str = ""
+    """What is being done, shown in the place of a part that is not there yet; empty: nothing is."""
+
+    @property
+    def name(self) -> str:
+        """The id of its element."""
+        return PurePosixPath(self.template).stem
 
 
 @dataclass
@@ -193,13 +224,17 @@ class Site:
         environment.filters.update(FILTERS)
         environment.globals.update(site=self, url=self.url, picture=self.picture, frozen=self.frozen)
         environment.globals.update(script_json=script_json, percent=percent, points=points, name_of=name_of)
+        environment.globals.update(charts_of=charts, macros=environment.get_template("macros.html").module)
         return environment
 
-    def finish(self, task: Task[Any]) -> None:
-        """Wait for the end of a task in an export, reporting its progress."""
-        while not task.wait(_LOOK_S):
+    def ends(self, task: Task[Any], timeout_s: float) -> bool:
+        """Wait for the end of a task, in an export until it is there; return whether it has ended."""
+        while not task.wait(timeout_s):
+            if not self.frozen:
+                return False
             of = f" ({task.done:,} of {task.total:,})" if task.total else ""
             self.doing(f"{task.doing}{of}")
+        return True
 
     def url(self, path: str, **params: Param | Sequence[str]) -> str:
         """Return a link to a page of the site; every link of every template is made here."""
@@ -219,17 +254,44 @@ class Site:
         """Write the address of a picture, its longer side at most `size` pixels."""
         return self.url(PICTURE, uri=uri, size=size)
 
-    def page(self, request: Request, template: str, *, title: str, status: int = 200, **context: Any) -> HTMLResponse:
-        """Write a page. `title`: of the page, without the site's name."""
-        return HTMLResponse(self.text(address_of(request), template, title=title, **context), status)
+    def page(
+        self, request: Request, title: str, *parts: Part, status: int = 200, has_charts: bool = False, **shared: Any
+    ) -> HTMLResponse:
+        """Write a page, or the one part of it that htmx asks for by `wait=NAME`.
 
-    def text(self, page: str, template: str, **context: Any) -> str:
-        """Write the text of the page at an address."""
-        token = _asked.set(page)
+        `title`: of the page, without the site's name. `has_charts`: in any part. `shared`: values for all templates.
+        """
+        shared |= {"here": request.scope["path"], "title": title, "has_charts": has_charts}
+        asked = [part for part in parts if part.name == request.query_params.get("wait")]
+        token = _asked.set(address_of(request))
         try:
-            return self.templates.get_template(template).render(here=page.partition("?")[0], **context)
+            for task in (part.task for part in asked if part.task is not None):
+                self.ends(task, _POLL_S)
+            if asked and "HX-Request" in request.headers:
+                return HTMLResponse(self._written(request, asked[0], shared, len(parts) == 1), status)
+            written = [self._written(request, part, shared, len(parts) == 1) for part in parts]
+            return HTMLResponse(self.templates.get_template("base.html").render(parts=written, **shared), status)
         finally:
             _asked.reset(token)
+
+    def _written(self, request: Request, part: Part, shared: Mapping[str, Any], is_alone: bool) -> Markup:
+        """Write a part that is quick or asked for; else what is shown in its place, which asks for it."""
+        given = request.query_params
+        is_there = self.frozen or part.is_quick or given.get("wait") == part.name
+        if part.task is not None:
+            is_there = self.ends(part.task, LOOK_S)
+        values, problem = {} if callable(part.values) else part.values, ""
+        if is_there and callable(part.values):
+            try:
+                values = part.values()
+            except UserError as error:
+                if is_alone or isinstance(error, ExplorerError):
+                    raise
+                problem = one_line(error)
+        params = {name: given.getlist(name) for name in given} | {"wait": part.name}
+        context = {"again_s": None, **shared, **values, "part": part, "is_there": is_there, "problem": problem}
+        text = self.templates.get_template("part.html").render(href=address(request.scope["path"], params), **context)
+        return Markup(text)
 
 
 def address_of(request: Request) -> str:
@@ -260,19 +322,6 @@ class PageKind(ABC):
     @abstractmethod
     def routes(self) -> Sequence[Route]:
         """List the routes."""
-
-    def waits(self, request: Request, part: str) -> bool:
-        """Return whether to compute a slow part before the page is sent: with `wait=PART`, and in an export."""
-        return self.site.frozen or request.query_params.get("wait") == part
-
-    def await_task(self, request: Request, part: str, task: Task[Any]) -> bool:
-        """Wait for the task of a slow part, and return whether it has ended.
-
-        Waits to the end in an export, `_POLL_S` when the page asks for the part by `wait=PART`, else hardly.
-        """
-        if self.site.frozen:
-            self.site.finish(task)
-        return task.wait(_POLL_S if request.query_params.get("wait") == part else _LOOK_S)
 
     def close(self) -> None:  # noqa: B027
         """Release resources of the pages; most have none."""

@@ -25,7 +25,7 @@ from explorer.data.visual import MOST_BYTES, begin_vectors, embed, feature_of_pi
 from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, choice, read_upload, whole_in
 from explorer.html.query import snapshot as asked_snapshot
-from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.html.site import LOOK_S, NavItem, PageKind, Part, Question, Site
 from explorer.problems import Problem
 from featurestore.store import FeatureStore, Snapshot
 
@@ -78,29 +78,21 @@ class ImagePages(PageKind):
     def search(self, request: Request) -> Response:
         """Show the images, all or those that are searched for, in the requested order."""
         store, snapshot = self._open(request)
-        query = _query(request)
-        task = self._catalogue(store, snapshot)
-        catalogue, paging, images = None, Paging.of(request, 0, PER_PAGE), []
-        if self.await_task(request, "images", task):
+        query, task = _query(request), self._catalogue(store, snapshot)
+        Paging.of(request, 0, PER_PAGE)
+
+        def found() -> dict[str, Any]:
             catalogue = task.result()
-            found = self._lists.get((task.name, query), partial(catalogue.find, query))
-            paging = Paging.of(request, len(found), PER_PAGE)
-            images = catalogue.images(found[paging.first : paging.first + PER_PAGE])
-        return self._page(
-            request,
-            "found",
-            f"Images with {query.text[:60]}" if query.text else "Images",
-            snapshot,
-            task=task,
-            catalogue=catalogue,
-            query=query,
-            params=_params(query),
-            paging=paging,
-            images=images,
-            sorts=SORTS,
-            network=store.info.network,
-            runs=image_runs(self.site.places),
-        )
+            rows = self._lists.get((task.name, query), partial(catalogue.find, query))
+            paging = Paging.of(request, len(rows), PER_PAGE)
+            images = catalogue.images(rows[paging.first : paging.first + PER_PAGE])
+            asked = {"query": query, "params": _params(query), "sorts": SORTS}
+            given = {"network": store.info.network, "runs": image_runs(self.site.places)}
+            return {"catalogue": catalogue, "paging": paging, "images": images, **asked, **given}
+
+        title = f"Images with {query.text[:60]}" if query.text else "Images"
+        part = Part(template="images/found.html", values=found, task=task, what="Listing all images")
+        return self._page(request, title, snapshot, part)
 
     def _catalogue(self, store: FeatureStore, snapshot: Snapshot) -> Task[Catalogue]:
         """Start to list all images of a snapshot, or return the task of before."""
@@ -126,33 +118,32 @@ class ImagePages(PageKind):
         image = here or broken
         if image is None:
             raise NotHereError(Problem.NO_IMAGE_IN_SNAPSHOT, key, snapshot.version)
-        uri = image.uri
-        figures = begin(self.site.places, self.site.background)
-        self.await_task(request, "figures", figures)
-        runs = image_runs(self.site.places)
+        uri, figures, runs = image.uri, begin(self.site.places, self.site.background), image_runs(self.site.places)
+        about = {"key": key, "uri": uri, "found": here, "broken": broken, "large": LARGE}
+        parts = [
+            Part(template="images/image.html", values=about),
+            Part(
+                template="images/figures.html",
+                values=lambda: {"figures": figures.result().of(np.array([key]))},
+                task=figures,
+                what="Counting impressions",
+            ),
+        ]
         run = self._run(request.query_params.get("run"), runs)
-        spaces: list[Space] = []
-        if here is not None and self._wants_spaces(request, snapshot):
-            feature_1D, problem = tried(lambda: snapshot.get([key]))
-            spaces = [Space(name="features", problem=problem)]
-            if feature_1D is not None:  # else the image's own feature cannot be read
-                spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, key, run))
-        return self._page(
-            request,
-            "image",
-            uri.rpartition("/")[2] or uri,
-            snapshot,
-            key=key,
-            uri=uri,
-            found=here,
-            broken=broken,
-            figures=figures,
-            figures_of=figures.result().of(np.array([key])) if figures.is_ended else None,
-            runs=runs,
-            run=run,
-            large=LARGE,
-            **_compared(spaces),
-        )
+        if here is not None:
+            is_left_out = self.site.frozen and snapshot.manifest.file_rows * snapshot.info.row_bytes > _FROZEN_BYTES
+            seen_by = {"runs": runs, "is_left_out": is_left_out}
+            parts.append(Part(template="images/nearest.html", values=seen_by))
+            if not is_left_out:
+                parts.append(
+                    Part(
+                        template="images/spaces.html",
+                        values=lambda: self._spaces(snapshot, SoughtFeature(snapshot.get([key]), key, run)),
+                        is_quick=False,
+                        what="Comparing with all images",
+                    )
+                )
+        return self._page(request, uri.rpartition("/")[2] or uri, snapshot, *parts, run=run)
 
     async def like(self, request: Request) -> Response:
         """Show the neighbours of an uploaded picture, which is not stored."""
@@ -160,7 +151,8 @@ class ImagePages(PageKind):
         try:
             await asyncio.wait_for(self._network.acquire(), _BUSY_S)
         except TimeoutError:
-            return self.site.page(request, "error.html", title="Busy", status=503, message=Problem.BUSY.of())
+            message = Part(template="error.html", values={"message": Problem.BUSY.of()})
+            return self.site.page(request, "Busy", message, status=503)
         try:
             return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
         finally:
@@ -173,20 +165,27 @@ class ImagePages(PageKind):
         feature_1D = feature_of_picture(store, data)
         runs = image_runs(self.site.places)
         run = self._run(asked_run, runs)
-        spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, None, run))
+        spaces = self._spaces(snapshot, SoughtFeature(feature_1D, None, run))
         picture = base64.b64encode(shrunk(data, LARGE).jpeg).decode()
         return self._page(
-            request, "like", "Images like yours", snapshot, picture_jpeg=picture, key=None, run=run, **_compared(spaces)
+            request,
+            "Images like yours",
+            snapshot,
+            Part(template="images/like.html", values={"picture_jpeg": picture}),
+            Part(template="images/spaces.html", values=spaces),
+            run=run,
         )
 
-    def _spaces(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
-        """Find the neighbours in both spaces; an error in one becomes its sentence."""
+    def _spaces(self, snapshot: Snapshot, asked: SoughtFeature) -> dict[str, Any]:
+        """Find the neighbours in both spaces, for their template; an error in one becomes its sentence."""
         features, problem = tried(lambda: self._in_features(snapshot, asked))
-        visual, problem_of_visual = tried(lambda: self._in_visual(request, snapshot, asked))
-        return [
+        visual, problem_of_visual = tried(lambda: self._in_visual(snapshot, asked))
+        spaces = [
             features or Space(name="features", problem=problem),
             visual or Space(name="visual", problem=problem_of_visual),
         ]
+        is_awaited = asked.key is not None and any(space.task is not None for space in spaces)
+        return {"spaces": spaces, "overlap": overlap(spaces), "key": asked.key, "again_s": 1 if is_awaited else None}
 
     def _in_features(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         query_D = snapshot.codec.decode(asked.feature_1D)[0]
@@ -200,13 +199,11 @@ class ImagePages(PageKind):
             how += f"among {found.num_searched:,} of {found.num_rows:,} images at random, as all would take too long."
         return Space(name="features", found=found, how=how)
 
-    def _in_visual(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> Space:
+    def _in_visual(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         if asked.run is None:
             return Space(name="visual", problem=Problem.NEEDS_RUN_OF_IMAGES.of())
         task = begin_vectors(self.site.places, asked.run, snapshot, self.site.background)
-        if asked.key is None:
-            task.wait(_PATIENCE_S)
-        if not self.await_task(request, "vectors", task):
+        if not self.site.ends(task, _PATIENCE_S if asked.key is None else LOOK_S):
             return Space(name="visual", task=task)
         vectors = task.result()
         if asked.key is None:
@@ -229,21 +226,15 @@ class ImagePages(PageKind):
             raise NotHereError(Problem.NO_RUN_OF_IMAGES, asked[:60])
         return asked or (runs[0] if runs else None)
 
-    def _wants_spaces(self, request: Request, snapshot: Snapshot) -> bool:
-        if not self.site.frozen:
-            return request.query_params.get("wait") in ("spaces", "vectors")
-        return snapshot.manifest.file_rows * snapshot.info.row_bytes <= _FROZEN_BYTES
-
     def _open(self, request: Request) -> tuple[FeatureStore, Snapshot]:
         assert self.site.places.store is not None
         store = FeatureStore.open(self.site.places.store)
         return store, open_snapshot(store, asked_snapshot(request))
 
-    def _page(self, request: Request, template: str, title: str, snapshot: Snapshot, **context: Any) -> Response:
+    def _page(self, request: Request, title: str, snapshot: Snapshot, *parts: Part, **shared: Any) -> Response:
         version = asked_snapshot(request)
-        return self.site.page(
-            request, f"images/{template}.html", title=title, snapshot=snapshot, version=version, **context
-        )
+        shown = [] if version is None else [Part(template="images/version.html")]
+        return self.site.page(request, title, *shown, *parts, snapshot=snapshot, version=version, **shared)
 
 
 def _query(request: Request) -> ImageQuery:
@@ -264,9 +255,3 @@ def _params(query: ImageQuery) -> dict[str, str]:
     asked = {"q": query.text, "folder": query.folder, "category": query.category, "new": new}
     asked["sort"] = "" if query.sort == "uri" else query.sort
     return {name: value for name, value in asked.items() if value}
-
-
-def _compared(spaces: Sequence[Space]) -> dict[str, Any]:
-    """Return the values for the template of neighbours."""
-    awaited = next((space.task for space in spaces if space.task is not None), None)
-    return {"spaces": spaces, "overlap": overlap(spaces), "awaited": awaited}

@@ -32,7 +32,7 @@ from explorer.data.runs.folders import RunSummary, open_run
 from explorer.data.visual import MOST_BYTES, why_not
 from explorer.errors import ExplorerError, NotHereError, tried
 from explorer.html.query import Paging, read_upload, whole, whole_in
-from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.html.site import NavItem, PageKind, Part, Question, Site
 from explorer.problems import Problem
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
@@ -92,34 +92,46 @@ class ImpressionPages(PageKind):
         self.runs.close()
 
     def listing(self, request: Request) -> Response:
-        """Show the list; if its run is not open yet, show a page that loads it by `wait=list`."""
+        """Show the list; the first time, its run is opened for it."""
         runs = self.runs.names()
         if not runs:
-            return self.site.page(request, "impressions/list.html", title="Impressions", runs=runs)
+            return self.site.page(request, "Impressions", Part(template="impressions/no-run.html"))
         asked = self._question(request, runs)
-        context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "problem": ""}
-        context["run_words"] = {run.name: f"{run.name} ({run.text})" for run in runs}
-        context["asked_page"] = request.query_params.get("page")
-        context["is_there"] = self.waits(request, "list") or self.runs.is_listed(asked.run)
-        if context["is_there"]:
-            listed, context["problem"] = tried(lambda: self._listed(request, asked))
-            context |= listed or {}
-        return self.site.page(request, "impressions/list.html", title="Impressions", **context)
+        words = {run.name: f"{run.name} ({run.text})" for run in runs}
+        form = {"asked": asked, "orders": ORDERS, "clicked": CLICKED, "run_words": words}
+        return self.site.page(
+            request,
+            "Impressions",
+            Part(template="impressions/asked.html", values=form),
+            Part(
+                template="impressions/list.html",
+                values=lambda: self._listed(request, asked),
+                is_quick=self.runs.is_listed(asked.run),
+                what="The run is being opened and its impressions are being scored: a few seconds, once",
+            ),
+        )
 
     def group(self, request: Request) -> Response:
-        """Show one sample group; if its run is not open yet, show a page that loads it by `wait=why`."""
+        """Show one sample group; the first time, its run is opened for it."""
         run, number = request.path_params["run"], whole_in(request.path_params["number"], "group")
         open_run(self.site.places, run)
-        at, params = _snapshot(request), dict(request.query_params)
-        context: dict[str, Any] = {"run": run, "number": number, "params": params, "expired": ""}
-        context["is_there"] = self.waits(request, "why") or self.runs.is_open(run, at)
-        try:
-            context |= self._explained(request, run, number, at) if context["is_there"] else {}
-        except UserError as error:
-            if at == "newest" or not isinstance(error.__cause__, SnapshotNotFoundError):
-                raise
-            context["expired"] = one_line(error)
-        return self.site.page(request, "impressions/why.html", title=f"Impressions of group {number:,}", **context)
+        at = _snapshot(request)
+
+        def why() -> dict[str, Any]:
+            try:
+                return {"expired": "", **self._explained(request, run, number, at)}
+            except UserError as error:
+                if at == "newest" or not isinstance(error.__cause__, SnapshotNotFoundError):
+                    raise
+                return {"expired": one_line(error)}
+
+        part = Part(
+            template="impressions/why.html",
+            values=why,
+            is_quick=self.runs.is_open(run, at),
+            what="The run is being opened: a few seconds, once",
+        )
+        return self.site.page(request, f"Impressions of group {number:,}", part, run=run, number=number)
 
     async def sent(self, request: Request) -> Response:
         """Show the score of an ad with an uploaded picture, which is not stored."""
@@ -138,19 +150,18 @@ class ImpressionPages(PageKind):
             chosen = explanation.chosen.picture
             names = self._names(opened, [] if chosen is None else [chosen])
             no_forecast = "" if opened.knows_missing else on_missing(opened)
-        return self.site.page(
-            request,
-            "impressions/sent.html",
-            title=f"Ad {explanation.chosen.ad} with your picture",
-            run=run,
-            number=number,
-            at=at,
-            picture_jpeg=base64.b64encode(shrunk(data, _LARGE).jpeg).decode(),
-            chosen=explanation.chosen,
-            score=score,
-            no_forecast=no_forecast,
-            names=names,
-        )
+        shown = {
+            "run": run,
+            "number": number,
+            "at": at,
+            "picture_jpeg": base64.b64encode(shrunk(data, _LARGE).jpeg).decode(),
+            "chosen": explanation.chosen,
+            "score": score,
+            "no_forecast": no_forecast,
+            "names": names,
+        }
+        title = f"Ad {explanation.chosen.ad} with your picture"
+        return self.site.page(request, title, Part(template="impressions/sent.html", values=shown))
 
     def _question(self, request: Request, runs: Sequence[RunSummary]) -> ListQuestion:
         params = request.query_params
@@ -177,6 +188,7 @@ class ImpressionPages(PageKind):
             rows = scored.rows(found[paging.first : paging.first + per_page])
             pictures = [PictureName(row.picture, None) for row in rows if row.picture is not None]
             return {
+                "asked": asked,
                 "rows": rows,
                 "ads": opened.texts(row.ad for row in rows),
                 "names": self._names(opened, pictures),

@@ -23,9 +23,8 @@ from explorer.data.runs.comparing import (
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
 from explorer.data.runs.folders import METRICS, RunFacts, open_run, read_facts, read_runs, run_names, trained_runs
 from explorer.errors import ExplorerError, tried
-from explorer.html import charts
 from explorer.html.query import Paging
-from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.html.site import NavItem, PageKind, Part, Question, Site
 from explorer.problems import Problem
 from featurestore.errors import FeatureStoreError, StorageError
 from featurestore.storage.storage import Storage
@@ -38,6 +37,8 @@ _PER_PAGE = 50
 _MOST_COLUMNS = 4
 """Settings in the list of runs."""
 _MOST_COMPARED, _MOST_GROUPS = 6, 10
+_AGAIN_S = 4
+"""Seconds between two looks at the curves of a run that is training."""
 _MOST_LOOKED_AT = 200
 """Number of runs that are searched for those that differ only in their images."""
 _WORTH = "What the images are worth"
@@ -88,19 +89,15 @@ class RunPages(PageKind):
             names = [run.name for run in in_order(read_runs(self.site.places, names), by)]
         runs = read_runs(self.site.places, names[paging.first : paging.first + _PER_PAGE])
         rows = [row for row in differing(runs) if row.is_figure][:_MOST_COLUMNS] if runs else []
-        return self.site.page(
-            request,
-            "runs/list.html",
-            title="Runs",
-            runs=runs,
-            columns=[row.name for row in rows] or ["model.base", IMAGES],
-            value=lambda run, name: comparing.text_of(run.settings[name]) if name in run.settings else "–",
-            metrics=METRICS,
-            titles=TITLES,
-            paging=paging,
-            sort=by,
-            group=[run.name for run in next(iter(image_groups(runs)), [])],
-        )
+        shown = {
+            "runs": runs,
+            "columns": [row.name for row in rows] or ["model.base", IMAGES],
+            "value": lambda run, name: comparing.text_of(run.settings[name]) if name in run.settings else "–",
+            "paging": paging,
+            "sort": by,
+            "group": [run.name for run in next(iter(image_groups(runs)), [])],
+        }
+        return self._page(request, "Runs", Part(template="runs/list.html", values=shown))
 
     def run(self, request: Request) -> Response:
         """Show one run, or a day of trainer.daily."""
@@ -109,21 +106,23 @@ class RunPages(PageKind):
     def _one(self, request: Request, name: str) -> Response:
         folder = open_run(self.site.places, name)
         facts = read_facts(folder, name)
+
+        def measured() -> dict[str, Any]:
+            evaluation, problem = tried(lambda: read_evaluation(folder))
+            command = f"crossmedia evaluate {shlex.quote(str(folder))}"
+            return {"evaluation": evaluation, "evaluation_problem": problem, "command": command}
+
+        settings = [(name, comparing.text_of(value)) for name, value in facts.settings.items()]
         live = self._live([facts])
-        evaluation, problem = tried(lambda: read_evaluation(folder))
-        return self.site.page(
+        return self._page(
             request,
-            "runs/run.html",
-            title=f"Run {name}",
+            f"Run {name}",
+            Part(template="runs/run.html"),
+            *live.parts(),
+            Part(template="runs/stages.html", values={"times": live.stages(facts)}),
+            Part(template="runs/evaluation.html", values=measured),
+            Part(template="runs/settings.html", values={"settings": settings, "stores": _stores(facts)}),
             run=facts,
-            live=live,
-            evaluation=evaluation,
-            evaluation_problem=problem,
-            command=f"crossmedia evaluate {shlex.quote(str(folder))}",
-            settings=[(name, comparing.text_of(value)) for name, value in facts.settings.items()],
-            stores=_stores(facts),
-            titles=TITLES,
-            charts_of=charts,
         )
 
     def compare(self, request: Request) -> Response:
@@ -144,7 +143,8 @@ class RunPages(PageKind):
             run = next(iter(trained_runs(self.site.places)), None)
             sees = "both" if run and run.images == "none" else "none"
             command = run and _again(str(self.site.places.run(run.name)), f"{run.name.replace('/', '-')}-{sees}", sees)
-            return self.site.page(request, "runs/no-worth.html", title=_WORTH, command=command, sees=sees)
+            none = Part(template="runs/no-worth.html", values={"command": command, "sees": sees})
+            return self._page(request, _WORTH, none)
         others = [[run.name for run in group] for group in groups[1:][:_MOST_GROUPS]]
         return self._several(request, groups[0], others)
 
@@ -157,30 +157,37 @@ class RunPages(PageKind):
             repr(("differences", names, [run.checkpoint for run in runs])),
             lambda task: compare_runs(places, names, task),
         )
-        is_measured = self.await_task(request, "differences", task)
-        comparison, problem = tried(task.result) if is_measured else (None, "")
-        return self.site.page(
+
+        def measured() -> dict[str, Any]:
+            found, problem = tried(task.result)
+            commands = _commands([str(places.run(name)) for name in names])
+            return {"found": found, "problem_of_all": problem, "commands": commands}
+
+        def compared() -> dict[str, Any]:
+            return {
+                "rows": [*comparing.snapshots(runs), *(row for row in rows if row.is_figure)],
+                "other_rows": [row for row in rows if not row.is_figure],
+                "evaluations": {name: tried(partial(read_evaluation, places.run(name)))[0] for name in names},
+                "first": lambda name: [name, *(each for each in names if each != name)],
+            }
+
+        about = Part(template="runs/compare.html", values=compared)
+        verdicts = Part(template="runs/verdicts.html", values=measured, task=task, what="Measuring the differences")
+        told = (about, verdicts) if others is None else (Part(template="runs/worth.html"), verdicts, about)
+        return self._page(
             request,
-            "runs/compare.html",
-            title="Runs side by side" if others is None else _WORTH,
+            "Runs side by side" if others is None else _WORTH,
+            *told,
+            Part(template="runs/differences.html", values=measured, task=task),
+            *self._live(runs).parts(),
             runs=runs,
             names=names,
             is_worth=others is not None,
             others=others,
-            rows=[*comparing.snapshots(runs), *(row for row in rows if row.is_figure)],
-            other_rows=[row for row in rows if not row.is_figure],
-            evaluations={name: tried(partial(read_evaluation, places.run(name)))[0] for name in names},
-            live=self._live(runs),
-            task=task,
-            is_measured=is_measured,
-            found=comparison,
-            problem=problem,
-            commands=_commands([str(places.run(name)) for name in names]),
-            metrics=METRICS,
-            titles=TITLES,
-            first=lambda name: [name, *(each for each in names if each != name)],
-            charts_of=charts,
         )
+
+    def _page(self, request: Request, title: str, *parts: Part, **shared: Any) -> Response:
+        return self.site.page(request, title, *parts, metrics=METRICS, titles=TITLES, has_charts=True, **shared)
 
     def _live(self, runs: Sequence[RunFacts]) -> "Live":
         """Read the curves of the runs."""
@@ -205,6 +212,14 @@ class Live:
     def is_running(self) -> bool:
         """Return whether one of them is training."""
         return any(run.state == "running" for run in self.runs)
+
+    def parts(self) -> Sequence[Part]:
+        """Return the parts of a page that show them: charts, asked for again while a run trains, and numbers."""
+        shown = {"live": self, "again_s": _AGAIN_S if self.is_running else None}
+        return (
+            Part(template="runs/curves.html", values=shown),
+            Part(template="runs/numbers.html", values={"live": self}),
+        )
 
     @property
     def loss(self) -> Mapping[str, Any]:
@@ -309,19 +324,17 @@ class ModelPages(PageKind):
         assert self.site.places.model is not None
         storage = Storage(self.site.places.model)
         in_use = read_version(storage)
-        return self.site.page(
-            request,
-            "model.html",
-            title="Model",
-            url_of_model=storage.url,
-            in_use=in_use,
-            vectors=newest_vectors(storage, in_use),
-            versions=list_versions(storage, _MOST_VERSIONS),
-            num_versions=len(known_versions(storage)),
-            newest_of=_newest_of,
-            metrics=METRICS,
-            titles=TITLES,
-        )
+        shown = {
+            "url_of_model": storage.url,
+            "in_use": in_use,
+            "vectors": newest_vectors(storage, in_use),
+            "versions": list_versions(storage, _MOST_VERSIONS),
+            "num_versions": len(known_versions(storage)),
+            "newest_of": _newest_of,
+            "metrics": METRICS,
+            "titles": TITLES,
+        }
+        return self.site.page(request, "Model", Part(template="model.html", values=shown))
 
 
 def _newest_of(url: str) -> int | None:

@@ -20,16 +20,14 @@ from explorer.data.snapshots import (
     open_snapshot,
     version_before,
 )
-from explorer.errors import ExplorerError, tried
+from explorer.errors import ExplorerError
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
-from explorer.html.site import NavItem, PageKind, Question, Site
+from explorer.html.site import NavItem, PageKind, Part, Question, Site
 from explorer.problems import Problem
 from featurestore import log
-from featurestore.errors import UserError
 from featurestore.staging import QUARANTINE
 from featurestore.store import FeatureStore, Snapshot
-from featurestore.text import one_line
 
 PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 40
 
@@ -43,7 +41,7 @@ class SnapshotsCompared(NamedTuple):
 
 
 class StorePages(PageKind):
-    """Pages below /store. A page loads its slow parts by `wait=PART`."""
+    """Pages below /store."""
 
     needs = "store"
     nav = NavItem("Store", "/store")
@@ -80,32 +78,30 @@ class StorePages(PageKind):
         known = log.versions(store.storage)[::-1]
         paging = Paging.of(request, len(known), SNAPSHOTS_PER_PAGE)
         shown = known[paging.first : paging.first + SNAPSHOTS_PER_PAGE]
-        lines, pins_problem = None, ""
-        if self.waits(request, "line") or self._timeline.is_quick(store, shown, snapshot.manifest.num_files):
-            lines, pins_problem = tried(lambda: self._timeline.lines(store, shown))
-            lines = lines or []
-        rows, num_broken = live_rows(snapshot), None if store.storage.list(QUARANTINE) else 0
-        counts_problem = ""
-        if self.waits(request, "counts"):
-            try:
-                rows = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows)
-                num_broken = len(store.quarantine_rows())
-            except UserError as error:
-                counts_problem = one_line(error)
+        rows, is_whole = live_rows(snapshot), not store.storage.list(QUARANTINE)
+
+        def counts() -> dict[str, Any]:
+            counted = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows) if rows is None else rows
+            return {"num_images": counted, "num_broken": 0 if is_whole else len(store.quarantine_rows())}
+
+        def line() -> dict[str, Any]:
+            lines = self._timeline.lines(store, shown)
+            return {"lines": lines, "figure": self._line_figure(lines), "paging": paging}
+
+        is_quick = self._timeline.is_quick(store, shown, snapshot.manifest.num_files)
         return self._page(
             request,
-            "overview",
             "Store",
             snapshot,
-            store=store,
-            lines=lines,
-            line_figure=self._line_figure,
-            pins_problem=pins_problem,
-            paging=paging,
-            num_images=rows,
-            num_broken=num_broken,
-            counts_problem=counts_problem,
-            yesterday=_yesterday(),
+            Part(template="store/overview.html", values={"store": store, "yesterday": _yesterday()}),
+            Part(
+                template="store/counts.html",
+                values=counts,
+                is_quick=rows is not None and is_whole,
+                what="Counting images",
+            ),
+            Part(template="store/line.html", values=line, is_quick=is_quick, what="Reading what each commit did"),
+            has_charts=True,
         )
 
     def snapshot(self, request: Request) -> Response:
@@ -123,17 +119,15 @@ class StorePages(PageKind):
             is_gap = request.query_params.get("against") is None and before < number - 1
             difference = SnapshotsCompared(open_snapshot(store, before), new, gap if is_gap else "")
         lines = self._timeline.lines(store, [number]) if number in known else []
-        return self._page(
-            request,
-            "snapshot",
-            f"Snapshot {number}",
-            new,
-            line=lines[0] if lines else None,
-            before=before,
-            earlier=next((each for each in reversed(known) if each < number), None),
-            later=next((each for each in known if each > number), None),
-            **self._difference(request, difference, {"against": whole(request, "against")}),
-        )
+        shown = {
+            "line": lines[0] if lines else None,
+            "before": before,
+            "earlier": next((each for each in reversed(known) if each < number), None),
+            "later": next((each for each in known if each > number), None),
+        }
+        changes = self._changed(request, difference, {"against": whole(request, "against")})
+        about = Part(template="store/snapshot.html", values=shown)
+        return self._page(request, f"Snapshot {number}", new, about, changes)
 
     def arrived(self, request: Request) -> Response:
         """Show the images added, changed and removed since a day, up to now or to another day."""
@@ -152,15 +146,10 @@ class StorePages(PageKind):
             "until": _day_text(until) if until else None,
             "version": asked_snapshot(request),
         }
-        return self._page(
-            request,
-            "arrived",
-            f"Arrived since {_day_text(since)}",
-            newest,
-            since=_field_text(since),
-            until=_field_text(until) if until else "",
-            **self._difference(request, SnapshotsCompared(old, new, note), params),
-        )
+        shown = {"since": _field_text(since), "until": _field_text(until) if until else ""}
+        asked = Part(template="store/arrived.html", values=shown)
+        changes = self._changed(request, SnapshotsCompared(old, new, note), params)
+        return self._page(request, f"Arrived since {_day_text(since)}", newest, asked, changes)
 
     def broken(self, request: Request) -> Response:
         """Show the images that the store could not import, newest first."""
@@ -169,48 +158,39 @@ class StorePages(PageKind):
         paging = Paging.of(request, len(rows), PER_PAGE)
         images = rows[paging.first : paging.first + PER_PAGE]
         common = sorted(Counter(row.reason for row in rows).items(), key=lambda item: (-item[1], item[0]))[:10]
-        return self._page(request, "broken", "Broken images", snapshot, images=images, paging=paging, reasons=common)
+        shown = {"images": images, "paging": paging, "reasons": common}
+        return self._page(request, "Broken images", snapshot, Part(template="store/broken.html", values=shown))
 
     def _open(self, request: Request, version: int | None = None) -> tuple[FeatureStore, Snapshot]:
         assert self.site.places.store is not None
         store = FeatureStore.open(self.site.places.store)
         return store, open_snapshot(store, asked_snapshot(request) if version is None else version)
 
-    def _difference(
-        self, request: Request, difference: SnapshotsCompared | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the values for the template of differences: counts, if they are computed, and images of one kind."""
-        kind: Any = choice(request, "kind", KINDS)
-        shown: dict[str, Any] = {
-            "difference": difference,
-            "kind": kind,
-            "asked_kind": request.query_params.get("kind"),
-            "kinds": KINDS,
-            "params": params,
-            "counts": None,
-            "images": [],
-            "paging": Paging.of(request, 0, PER_PAGE),
-            "problem": "",
-        }
+    def _changed(self, request: Request, difference: SnapshotsCompared | None, params: dict[str, Any]) -> Part:
+        """Return the part that shows counts of changes, and images of one kind. `params`: of its links."""
+        asked: Any = choice(request, "kind", KINDS)
         if difference is None:
-            return shown
+            return Part(template="store/changes.html", values={"difference": None})
         old, new, _ = difference
-        try:
-            counts = self._changes.peek(old, new)
-            if counts is None and self.waits(request, "changes"):
-                counts = self._changes.count(old, new)
-            if counts is not None:
-                if request.query_params.get("kind") is None:
-                    kind = next((each for each in KINDS if counts.total(each)), kind)
-                paging = Paging.of(request, counts.total(kind), PER_PAGE)
-                images = self._changes.page(old, new, kind, paging.first, PER_PAGE)
-                shown |= {"counts": counts, "kind": kind, "paging": paging, "images": images}
-        except UserError as error:
-            shown["problem"] = one_line(error)
-        return shown
+
+        def values() -> dict[str, Any]:
+            counts, kind = self._changes.count(old, new), asked
+            if request.query_params.get("kind") is None:
+                kind = next((each for each in KINDS if counts.total(each)), kind)
+            paging = Paging.of(request, counts.total(kind), PER_PAGE)
+            images = self._changes.page(old, new, kind, paging.first, PER_PAGE)
+            found = {"counts": counts, "kind": kind, "paging": paging, "images": images}
+            return {"difference": difference, "kinds": KINDS, "params": params, **found}
+
+        return Part(
+            template="store/changes.html",
+            values=values,
+            is_quick=self._changes.peek(old, new) is not None,
+            what=f"Comparing snapshots {old.version} and {new.version}",
+        )
 
     def _line_figure(self, lines: Sequence[Any]) -> dict[str, Any]:
-        """Draw the rows in files of snapshots over time; a click leads to the snapshot. Called by templates."""
+        """Draw the rows in files of snapshots over time; a click leads to the snapshot."""
         there = [line for line in reversed(lines) if line.time_s is not None]
         times = [datetime.datetime.fromtimestamp(line.time_s, datetime.UTC) for line in there]
         names = [", ".join((*line.channels, *line.pins)) for line in there]
@@ -234,18 +214,10 @@ class StorePages(PageKind):
             "layout": {"xaxis": {"type": "date"}, "yaxis": {"title": {"text": "rows in files"}, "rangemode": "tozero"}},
         }
 
-    def _page(self, request: Request, template: str, title: str, snapshot: Snapshot, **context: Any) -> Response:
-        return self.site.page(
-            request,
-            f"store/{template}.html",
-            title=title,
-            snapshot=snapshot,
-            manifest=snapshot.manifest,
-            info=snapshot.info,
-            version=asked_snapshot(request),
-            part=template,
-            **context,
-        )
+    def _page(self, request: Request, title: str, snapshot: Snapshot, *parts: Part, **shared: Any) -> Response:
+        shared |= {"snapshot": snapshot, "manifest": snapshot.manifest, "info": snapshot.info}
+        tabs, version = Part(template="store/tabs.html"), asked_snapshot(request)
+        return self.site.page(request, title, tabs, *parts, version=version, **shared)
 
 
 def _yesterday() -> str:

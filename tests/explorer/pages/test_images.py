@@ -128,7 +128,7 @@ def test_visual_vectors_are_computed_beside_the_page_one_run_at_a_time(everythin
     assert "computes the visual vectors of both (3 of 28)" in sent.text
     assert "Send the picture again when they are there" in sent.text
     go.set()
-    assert 'hx-select="#spaces"' in answer.text
+    assert 'id="spaces" hx-get=' in answer.text
     whole = everything.read(path, run="both")
     assert "the run both" in whole.text
     assert whole.live == []
@@ -243,7 +243,7 @@ def test_the_list_is_polled_until_all_names_are_read(reader, monkeypatch):
     answer = Reading(reader.client.get("/images", params={"folder": "shoes", "sort": "new"}).text)
     assert "Listing all images" in answer.text and answer.pictures == []
     (part,) = answer.live
-    assert all(each in part for each in ("wait=images", "folder=shoes", "sort=new"))
+    assert all(each in part for each in ("wait=found", "folder=shoes", "sort=new"))
     go.set()
     assert {*reader.read(part).uris()} == {*PLAIN} - {BROKEN}
 

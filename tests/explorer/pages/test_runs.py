@@ -99,8 +99,7 @@ def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient, wo
 def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
     address = "/runs/compare?run=ids-only&run=both&run=both-longer"
     html = page(pages, address)
-    (part,) = re.findall(r"<[^>]*hx-get[^>]*>", html)  # one request for both parts
-    assert 'hx-select="#verdicts"' in part and 'hx-select-oob="#differences"' in part
+    assert re.findall(r'<div id="(\w+)" hx-get', html) == ["verdicts", "differences"]
     assert text_of(html).index("Settings that differ") < text_of(html).index("GAUC")
     verdicts, differences = whole(pages, address, "wait=differences").split('<div id="differences">')
     found = re.findall(r"is (?:better|worse) than “ids-only”|No significant difference", text_of(differences))
@@ -151,9 +150,9 @@ def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_
     report = (run / "report.json").read_bytes()
     (run / "report.json").unlink()
     html = page(changing, "/runs/both")
-    assert 'id="curves" hx-get="/runs/both"' in html
+    assert 'id="curves" hx-get="/runs/both?wait=curves" hx-trigger="load delay:4s"' in html
     compared = page(changing, "/runs/compare?run=both&run=ids-only")
-    assert 'id="curves" hx-get="/runs/compare?run=both&amp;run=ids-only"' in compared
+    assert 'id="curves" hx-get="/runs/compare?run=both&amp;run=ids-only&amp;wait=curves"' in compared
     assert "is training: step 12" in text_of(html)
     file = EventsFile(run / "tensorboard", 12)
     file.add(13, {"train/loss": 0.25})
