@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from explorer.data.ads import AdFigures
 from explorer.data.background import Task
 from explorer.data.cache import TableCache, about_of, described, digest_of
-from explorer.data.snapshots import name_of, newest_at, open_snapshot
-from featurestore import log
+from explorer.data.snapshots import name_of, newest_at
 from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import in_threads
@@ -216,9 +215,7 @@ def _folders(uris_N: Any) -> Any:
 
 def _before(store: FeatureStore, snapshot: Snapshot) -> Snapshot:
     """Open the snapshot that new images are not in: of a day before, or the first one that is kept."""
-    before = newest_at(store, snapshot.manifest.time_s - _NEW_S).snapshot
-    if not before.version and snapshot.version:
-        before = open_snapshot(store, min(log.versions(store.storage), default=None))
+    before = newest_at(store, snapshot.manifest.time_s - _NEW_S, never_empty=True).snapshot
     return min(before, snapshot, key=lambda each: each.version)
 
 

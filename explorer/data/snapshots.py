@@ -248,22 +248,24 @@ class Changes:
         return self._diffs.get((name_of(old), name_of(new), shard), lambda: diff_shard(old, new, shard))
 
 
-def newest_at(store: FeatureStore, time_s: float) -> Since:
+def newest_at(store: FeatureStore, time_s: float, *, never_empty: bool = False) -> Since:
     """Open the snapshot that was the newest at a time; 0, the empty store, before the first commit.
 
-    Reads a few manifests by binary search, as their times are ascending, and begins again if one expires meanwhile.
-    Raises NotHereError, CorruptFileError.
+    `never_empty`: then the first one that is kept, if there is any. Reads a few manifests by binary search, as their
+    times are ascending, and begins again if one expires meanwhile. Raises NotHereError, CorruptFileError.
     """
     known = log.versions(store.storage)
     try:
         later = bisect.bisect_right(known, time_s, key=lambda version: open_snapshot(store, version).manifest.time_s)
         before = known[later - 1] if later else 0
         is_exact = later == len(known) or known[later] == before + 1
-        return Since(open_snapshot(store, before if is_exact else before or known[0]), is_exact)
+        if not before and known and (never_empty or not is_exact):
+            before = known[0]
+        return Since(open_snapshot(store, before), is_exact)
     except NotHereError:
         if {*known} <= {*log.versions(store.storage)}:
             raise
-    return newest_at(store, time_s)
+    return newest_at(store, time_s, never_empty=never_empty)
 
 
 def _count(old: Snapshot, new: Snapshot, diff: Callable[[Snapshot, Snapshot, int], SnapshotDiff]) -> ChangeCounts:

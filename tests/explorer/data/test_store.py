@@ -93,8 +93,8 @@ def test_an_expired_time_gives_the_nearest_that_is_kept_and_says_so(store):
         open_snapshot(store, 2)
 
 
-def test_a_snapshot_that_expires_while_a_time_is_looked_for_is_none_of_those_that_are_kept(store, monkeypatch):
-    times = [store.snapshot(version).manifest.time_s for version in (1, 2, 3, 4)]
+def expire_when_listed(store, monkeypatch):
+    """Expire snapshots 1 and 2 once the versions have been listed, so that they are still in the list."""
 
     def expiring(storage):
         monkeypatch.undo()
@@ -103,8 +103,20 @@ def test_a_snapshot_that_expires_while_a_time_is_looked_for_is_none_of_those_tha
         return found
 
     monkeypatch.setattr(snapshots.log, "versions", expiring)
+
+
+def test_a_snapshot_that_expires_while_a_time_is_looked_for_is_none_of_those_that_are_kept(store, monkeypatch):
+    times = [store.snapshot(version).manifest.time_s for version in (1, 2, 3, 4)]
+    expire_when_listed(store, monkeypatch)
     found = newest_at(store, times[0])
     assert (found.snapshot.version, found.is_exact) == (3, False)
+
+
+def test_the_first_snapshot_that_is_kept_stands_for_the_empty_store(store, monkeypatch, tmp_path):
+    assert newest_at(store, 0.0, never_empty=True).snapshot.version == 1
+    expire_when_listed(store, monkeypatch)
+    assert newest_at(store, 0.0, never_empty=True).snapshot.version == 3
+    assert newest_at(make_store(tmp_path / "empty"), 0.0, never_empty=True).snapshot.version == 0
 
 
 def test_images_are_counted_without_reading_where_that_is_exact(store):
