@@ -228,7 +228,7 @@ class Site:
         return environment
 
     def ends(self, task: Task[Any], timeout_s: float) -> bool:
-        """Wait for the end of a task, in an export until it is there; return whether it has ended."""
+        """Wait for the end of a task, in an export without the timeout; return whether it has ended."""
         while not task.wait(timeout_s):
             if not self.frozen:
                 return False

@@ -123,6 +123,7 @@ class RunPages(PageKind):
             Part(template="runs/evaluation.html", values=measured),
             Part(template="runs/settings.html", values={"settings": settings, "stores": _stores(facts)}),
             run=facts,
+            has_charts=True,
         )
 
     def compare(self, request: Request) -> Response:
@@ -184,10 +185,11 @@ class RunPages(PageKind):
             names=names,
             is_worth=others is not None,
             others=others,
+            has_charts=True,
         )
 
     def _page(self, request: Request, title: str, *parts: Part, **shared: Any) -> Response:
-        return self.site.page(request, title, *parts, metrics=METRICS, titles=TITLES, has_charts=True, **shared)
+        return self.site.page(request, title, *parts, metrics=METRICS, titles=TITLES, **shared)
 
     def _live(self, runs: Sequence[RunFacts]) -> "Live":
         """Read the curves of the runs."""
