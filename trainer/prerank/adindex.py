@@ -358,7 +358,8 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
     for split in reversed(splits):
         for row_group in reversed(open_index(SoloComm(), storage, split, schema).row_groups):
             last = _last_ads(storage, row_group, rules, schema.label, column, seen)
-            seen = np.union1d(seen, last.columns[column].values)
+            new_U = last.columns[column].values
+            seen = np.insert(seen, np.searchsorted(seen, new_U), new_U)
             parts.append(last)
     columns = concatenate(parts).columns
     return Ads(columns[column].values, columns)
@@ -384,12 +385,12 @@ def _files(address: str) -> tuple[Storage, list[str]]:
 def _last_ads(
     storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Int64Array
 ) -> DecodedGroups:
-    """Return the last impression of every ad of the row group that is not in `seen`."""
+    """Return the last impression of every ad of the row group that is not in `seen`; both are in order of ads."""
     table = read_row_group(storage, row_group, list(source_columns(rules)))
     columns = decode(table, rules, label, storage.full(row_group.file), row_group.first_row).columns
     keys_B = columns[column].values
     keys_U, first_U = np.unique(keys_B[::-1], return_index=True)
-    index_U = (len(keys_B) - 1 - first_U)[~np.isin(keys_U, seen)]
+    index_U = (len(keys_B) - 1 - first_U)[~places(seen, keys_U)[1]]
     return DecodedGroups(
         {name: rows.rows(index_U) for name, rows in columns.items() if name != label}, np.arange(len(index_U) + 1)
     )

@@ -171,11 +171,24 @@ def known_ads(comm: "Comm", index: SampleIndex, schema: Schema) -> Int64Array:
     import torch
 
     column = schema.new_ad_column
-    wanted, own = {column: columns.rules_of(schema)[column]}, np.empty(0, np.int64)
     with comm.agreed():
-        for values in read_values(index, index.row_groups[comm.rank :: comm.size], wanted):
-            own = np.union1d(own, values[column])
+        read = read_values(index, index.row_groups[comm.rank :: comm.size], {column: columns.rules_of(schema)[column]})
+        own = _distinct(values[column] for values in read)
     return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
+
+
+def _distinct(blocks: Iterable[Int64Array]) -> Int64Array:
+    """List the distinct values of all blocks, ascending.
+
+    Those of blocks are merged when they are as many as those known: a merge at each block takes the square of the time.
+    """
+    parts, waiting = [np.empty(0, np.int64)], 0
+    for block in blocks:
+        parts.append(np.unique(block))
+        waiting += len(parts[-1])
+        if waiting > len(parts[0]):
+            parts, waiting = [np.unique(np.concatenate(parts))], 0
+    return np.unique(np.concatenate(parts))
 
 
 def _read_footer(
