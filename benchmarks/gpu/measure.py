@@ -61,7 +61,10 @@ def measure(workload: Workload, dims: int, device: str, steps: int, progress: Pr
         run = open_run(load_config(workload.config, settings), SoloComm())
         with closing(run):
             name = device_name(run.device)
-            grid[kind] = _figures(run, steps, partial(progress.advance, task))
+            grid[kind] = {
+                **_figures(run, steps, partial(progress.advance, task)),
+                "host_limit_samples_per_s": _host_limit(run, steps),
+            }
     return Section("one process", {"device": name}, grid)
 
 
@@ -105,6 +108,18 @@ def _figures(run: Run, steps: int, advance: partial[None]) -> dict[str, Figure]:
         "features_on_device": all(service.holds_rows for service in run.engine.services.values()),
         "last_loss": loss,
     }
+
+
+def _host_limit(run: Run, steps: int) -> float:
+    """Measure samples per second that the host can feed: what reading and preparation do with no step beside them."""
+    samples, started_s = 0, 0.0
+    with closing(ReadAhead(_batches(run))) as ahead:
+        for number, prepared in enumerate(itertools.islice(run.engine.prepared(ahead), _WARM_UP + steps)):
+            if number == _WARM_UP:
+                samples, started_s = 0, time.perf_counter()
+            samples += prepared.batch.num_samples
+            run.engine._exchange.release(prepared.request)
+    return samples / (time.perf_counter() - started_s)
 
 
 def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:

@@ -36,7 +36,7 @@ STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_mod
 HEADLINE = ["lookup_vs_numpy_take", "lookup_vs_numpy_take_10_deltas", "lookup_vs_lmdb", "lookup_vs_lance"]
 HEADLINE += ["warm_open_s"]
 OF_GPU = ["samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step"]
-OF_GPU += ["last_loss"]
+OF_GPU += ["last_loss", "host_limit_samples_per_s"]
 
 
 @pytest.mark.slow
@@ -90,6 +90,7 @@ def test_all_kinds_of_features_of_gpu_on_the_cpu(tmp_path: Path) -> None:
         one = {name: figures[f"{kind}_{name}"] for name in OF_GPU}
         assert one["samples_per_s"] == pytest.approx(60 / one["step_ms"] * 1e3, rel=0.05)
         assert one["busy_share"] > 0 and 0 < one["last_loss"] < 2
+        assert one["host_limit_samples_per_s"] > one["samples_per_s"]
         assert one["bytes_per_step"] == one["features_bytes"] + one["places_bytes"] + one["batch_bytes"]
         assert one["batch_bytes"] == pytest.approx(60 * (4 + 8), rel=0.05)
     images = figures["compact_from_host_features_bytes"] / 8  # 4 numbers in bfloat16 each
