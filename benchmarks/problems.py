@@ -14,7 +14,6 @@ class Problem(Sentences):
     NOT_A_WORKLOAD = "{where} is not empty and holds no workload; choose another folder, or empty it"
     NOT_FOR_FUXICTR = "the schema has {value}; FuxiCTR's sequence models compare IDs of behaviours and ads"
     NOT_NAMED_SAMPLES = "{value!r} is not NAME=SAMPLES or NAME=SAMPLES:STORE, as ml=data/ml/samples"
-    NO_DEMO = "there is no folder {where}: crossmedia demo makes one"
     NO_FUXICTR = "{where}: FuxiCTR is not installed in this environment (make bench installs it)"
     NO_GAUC = "{where} has no GAUC, which the tables compare: no user of its test samples has impressions with and without a click; test on more of them (data.test_days, or test/ in data.samples)"
     NO_GPU = "no GPU found: PyTorch sees none on this machine; --device cpu measures the CPU in the same way"
@@ -26,4 +25,3 @@ class Problem(Sentences):
     TOO_FEW_DAYS = "{where} has {value} days; days for training, validation and judging need more of them"
     TOO_FEW_TO_TUNE = "{where} has {value} training days, and tuning needs 2; leave it out: --no-tune"
     TOO_FEW_TO_WARM_UP = "data.samples={where} has {value} days of samples; warm-up from the day before needs {least} at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes them)"
-    TOO_SHORT = "{value:g} is less than four more than --warm-minutes"

@@ -74,6 +74,11 @@ def _memory(processes: Sequence[psutil.Process]) -> int:
     return anonymous
 
 
+def memory_of_children() -> int:
+    """Return the bytes of memory of all processes that this one has started, counted as `run_to_end` does."""
+    return _memory(psutil.Process().children(recursive=True))
+
+
 @contextmanager
 def serving(arguments: Sequence[str], log: Path) -> Iterator[int]:
     """Start a server, a program of this repository, on the first core, and yield its port once it is ready.

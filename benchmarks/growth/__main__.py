@@ -4,12 +4,14 @@ python -m benchmarks.growth --json data/bench/growth.json
 python -m benchmarks.growth --impressions 10000 --impressions 40000 --samples-alone 80000 --dir /tmp/growth
 
 A stage is a command, its start included. Its exponent of growth between two sizes is log(cost) over log(size): 1 grows
-as the data do, 0 not at all.
+as the data do, 0 not at all. IDs of a larger shop need more bits, log2 of their number: `above_keys` is what samples
+grow by beyond that. Goal: exponents of 1.05 at most. In the end the exported model is served, for each size.
 """
 
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +42,7 @@ def main(
         10_000_000
     ),
     dims: Annotated[int, typer.Option(min=1, help="Numbers of a vector.")] = 256,
+    requests: Annotated[int, typer.Option(min=10, help="Sent to the scorer of each exported model.")] = 1000,
 ) -> None:
     """Measure how time, memory and bytes of each stage grow with the data."""
     from benchmarks.growth.stages import Place, Shop
@@ -48,6 +51,7 @@ def main(
     if samples_alone:
         sizes.setdefault(samples_alone, True)
     found: dict[str, dict[int, Stage]] = {}
+    served: dict[str, dict[str, Figure]] = {}
     with progress_bars() as progress:
         task = progress.add_task("draw", total=None)
         for size, alone in sizes.items():
@@ -58,7 +62,10 @@ def main(
             for name, stage in place.stages(alone):
                 found.setdefault(name, {})[size] = stage
                 progress.update(task, description=f"{size:,} impressions: {name} took {stage.seconds:.0f} s")
+            if not alone:
+                served[str(size)] = asdict(place.serve(requests))
     sections = [_costs(found, cost) for cost in _COSTS]
+    sections.append(Section("the exported model, served, by impressions", grid=served, prefix="served_"))
     write_sections([*sections, _growth(found, dims)], json_path)
 
 
@@ -69,12 +76,17 @@ def _costs(found: Mapping[str, Mapping[int, "Stage"]], cost: str) -> Section:
 
 def _growth(found: Mapping[str, Mapping[int, "Stage"]], dims: int) -> Section:
     """Compute the exponents between the two largest sizes of each stage, and the largest of all."""
+    from benchmarks.growth.stages import SAMPLES_ALONE, Shop
+
     figures: dict[str, Figure] = {}
     for name, of in found.items():
         for (small, one), (large, other) in list(pairwise(sorted(of.items())))[-1:]:
-            for cost in _COSTS:
-                before, after = getattr(one, cost), getattr(other, cost)
-                figures[f"{cost}_exponent_{name}"] = math.log(after / before) / math.log(large / small)
+            grown = {cost: math.log(getattr(other, cost) / getattr(one, cost)) for cost in _COSTS}
+            figures |= {f"{cost}_exponent_{name}": value / math.log(large / small) for cost, value in grown.items()}
+            if name == SAMPLES_ALONE:
+                bits = math.log(math.log2(Shop(large, dims).users) / math.log2(Shop(small, dims).users))
+                above_keys = (grown["written_mb"] - bits) / math.log(large / small)
+                figures["written_mb_of_samples_above_keys"] = above_keys
     for cost in _COSTS:
         of_cost = [value for name, value in figures.items() if name.startswith(cost) and isinstance(value, float)]
         figures[f"{cost}_exponent"] = max(of_cost, default=None)

@@ -1,4 +1,4 @@
-"""A drawn shop of any size, and the stages from its logs to exported vectors, each measured as a user runs it.
+"""A drawn shop of any size, and the stages from its logs to a served model, each measured as a user runs it.
 
 A shop with N impressions in ten days has N / 10 users and N / 10 items with an image each, and two behaviours for each
 impression. Items are as popular as the square of a uniform number says. Letters: N rows, D numbers of a vector.
@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.process import run_to_end
+from benchmarks.process import memory_of_children, run_to_end, serving
+from benchmarks.serve.client import one_after_the_other
+from benchmarks.serve.sections import bodies_of
 
 Int64 = NDArray[np.int64]
 
@@ -30,6 +32,7 @@ _CATEGORIES, _SCENES = 2000, 8
 _FIRST_S, _DAY_S = 1_767_225_600, 86_400  # 2026-01-01
 _BLOCK_ROWS = 50_000
 _RANKS = 2
+_CANDIDATES = 200
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a scorer of the exported model took, on one core, the client on the others."""
+
+    ready_s: float
+    """From its start to its readiness."""
+    memory_mb: float
+    p50_ms: float
+    p99_ms: float
+    """Of requests with 200 ads, each sent when the one before is answered."""
+
+
+@dataclass(frozen=True)
 class Place:
     """The folder of one shop, its input drawn already."""
 
@@ -155,6 +170,18 @@ class Place:
             yield name, Stage(seconds, peak / 1e6, _bytes_of(path) / 1e6)
             if samples_alone and name == SAMPLES_ALONE:
                 return
+
+    def serve(self, requests: int) -> Served:
+        """Serve the exported model, and score the test samples' users. Raises RunFailedError."""
+        bodies = bodies_of(self.folder / "samples", _CANDIDATES, min(requests, 200))
+        start_s = time.perf_counter()
+        with serving(["-m", "serving", "serve", str(self.folder / "model")], self.folder / "serve.log") as port:
+            ready_s = time.perf_counter() - start_s
+            one_after_the_other(port, bodies, max(requests // 10, 10))
+            load = one_after_the_other(port, bodies, requests)
+            memory = memory_of_children()
+        assert not load.failed, f"{load.failed} requests failed"
+        return Served(ready_s, memory / 1e6, load.ms(50), load.ms(99))
 
     def _commands(self) -> Iterator[tuple[str, list[str], str]]:
         """Name, command and output of each stage."""
