@@ -79,11 +79,13 @@ class FeaturePartition(HashedRows):
 
     def contains(self, keys_U: npt.ArrayLike) -> BoolArray:
         """Return which keys have a feature among the rows of this rank, (U,); none is read, and hidden ones count."""
-        hash_U = splitmix64(keys_U)
+        found_U = self.owns(keys_U)
         if self.num_rows == 0:
-            return np.zeros(len(hash_U), np.bool_)
-        place_U = self._index.places(hash_U, shard_of_hash(hash_U, self.info.num_shards))
-        return np.asarray(self.owns(keys_U) & (self._index.hash_M[place_U] == hash_U))
+            return np.zeros_like(found_U)
+        hash_O = splitmix64(keys_U)[found_U]  # for other shards' the index walks to its end
+        place_O = self._index.places(hash_O, shard_of_hash(hash_O, self.info.num_shards))
+        found_U[found_U] = self._index.hash_M[place_O] == hash_O
+        return found_U
 
     def hide(self, hidden: bool) -> None:
         """Hide the features of all images from lookups, or show them again.

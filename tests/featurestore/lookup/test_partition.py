@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -190,6 +190,16 @@ def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None
 def load_and_look(url: str, cache: Path, keys_U: np.ndarray) -> bytes:
     with FeaturePartition.load(url, cache_dir=cache) as partition:
         return partition.lookup(keys_U).features_UD.tobytes()
+
+
+def test_keys_of_other_ranks_are_not_searched(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
+    """The index walks to its end for each of them: of a million images, two ranks evaluated for ten minutes."""
+    with FeaturePartition.load(store, 1, 3, cache) as partition:
+        with patch.object(HashIndex, "places", autospec=True, side_effect=HashIndex.places) as places:
+            found = partition.contains(rows.keys_N)
+        _, _, shard_O = places.call_args.args
+        assert found.sum() == len(shard_O) == partition.num_rows > 0
+        assert (owner_of(shard_O, 3) == 1).all()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 11])
