@@ -13,6 +13,10 @@ class ExplorerError(UsageError):
     """An option or a request of the user does not work."""
 
 
+class RequestError(ExplorerError):
+    """A parameter of a page's address, or a form, is not what the page takes."""
+
+
 class NotHereError(ExplorerError):
     """A page's address names a missing key, snapshot or run. The answer is 404."""
 

@@ -8,7 +8,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from explorer.errors import ExplorerError, NotHereError
+from explorer.errors import NotHereError, RequestError
 from explorer.problems import Problem
 from featurestore.published.versions import VersionName, version_name
 
@@ -33,27 +33,27 @@ class Paging:
 
 
 def whole(request: Request, name: str, default: int | None = None, *, least: int = 0) -> int | None:
-    """Read a whole number, or return `default` without one. Raises ExplorerError for anything else."""
+    """Read a whole number, or return `default` without one. Raises RequestError for anything else."""
     text = request.query_params.get(name, "")
     return whole_in(text, name, least=least) if text else default
 
 
 def whole_in(text: str, name: str, *, least: int = 0) -> int:
-    """Read a whole number from a text. Raises ExplorerError, or NotHereError if it is too large."""
+    """Read a whole number from a text. Raises RequestError, or NotHereError if it is too large."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()) or (text != digits and least == 0):
-        raise ExplorerError(Problem.NOT_WHOLE, name, text[:40], least)
+        raise RequestError(Problem.NOT_WHOLE, name, text[:40], least)
     if len(digits) > 19 or not -LARGEST - 1 <= int(text) <= LARGEST:
         raise NotHereError(Problem.NONE_OF_NUMBER, name, text[:40])
     if int(text) < least:
-        raise ExplorerError(Problem.NOT_WHOLE, name, text, least)
+        raise RequestError(Problem.NOT_WHOLE, name, text, least)
     return int(text)
 
 
 def snapshot(request: Request) -> VersionName | None:
     """Read the version of a snapshot, or a channel that points to one; None for the newest.
 
-    Raises ExplorerError.
+    Raises RequestError.
     """
     text = request.query_params.get("version", "")
     if not text or text[:1].isdigit() or text[:1] in "+-":
@@ -61,27 +61,27 @@ def snapshot(request: Request) -> VersionName | None:
     try:
         return version_name(text)
     except ValueError:
-        raise ExplorerError(Problem.NOT_VERSION, text[:40]) from None
+        raise RequestError(Problem.NOT_VERSION, text[:40]) from None
 
 
 def choice(request: Request, name: str, choices: Sequence[str]) -> str:
-    """Read one of several words, by default the first. Raises ExplorerError for any other."""
+    """Read one of several words, by default the first. Raises RequestError for any other."""
     text = request.query_params.get(name) or choices[0]
     if text not in choices:
-        raise ExplorerError(Problem.UNKNOWN_CHOICE, name, text[:40], ", ".join(choices))
+        raise RequestError(Problem.UNKNOWN_CHOICE, name, text[:40], ", ".join(choices))
     return text
 
 
 def day(request: Request, name: str) -> datetime.datetime | None:
-    """Read a day, YYYY-MM-DD, optionally with a time, in UTC, or return None. Raises ExplorerError."""
+    """Read a day, YYYY-MM-DD, optionally with a time, in UTC, or return None. Raises RequestError."""
     text = request.query_params.get(name, "")
     if not text:
         return None
     try:
         found = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise ExplorerError(Problem.NOT_DAY, name, text[:40]) from None
-    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+        return (found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
+    except (ValueError, OverflowError):  # the second: before the first year, or after the last
+        raise RequestError(Problem.NOT_DAY, name, text[:40]) from None
 
 
 _OTHER_BYTES = 100_000
@@ -93,19 +93,19 @@ DRAINED = 10
 async def read_upload(request: Request, name: str, most_bytes: int) -> tuple[bytes, dict[str, str]]:
     """Read the file in the field `name` of a form, and the other fields.
 
-    Raises ExplorerError without a file, or if it has more than `most_bytes`.
+    Raises RequestError without a file, or if it has more than `most_bytes`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ExplorerError(Problem.NOT_FORM)
+        raise RequestError(Problem.NOT_FORM)
     parser = _InMemory(request.headers, _at_most(request, most_bytes), max_files=1, max_fields=8, max_part_size=1_000)
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise ExplorerError(Problem.UNREADABLE_FORM, error.message) from error
+        raise RequestError(Problem.UNREADABLE_FORM, error.message) from error
     file = form.get(name)
     data = await file.read() if isinstance(file, UploadFile) else b""
     if not data:
-        raise ExplorerError(Problem.NOTHING_SENT)
+        raise RequestError(Problem.NOTHING_SENT)
     return data, {field: value for field, value in form.items() if isinstance(value, str)}
 
 
@@ -124,4 +124,4 @@ async def _at_most(request: Request, most_bytes: int) -> AsyncGenerator[bytes, N
         elif num_bytes > DRAINED * most_bytes:
             break
     if num_bytes > most_bytes + _OTHER_BYTES:
-        raise ExplorerError(Problem.LARGE_PICTURE, most_bytes // 1_000_000)
+        raise RequestError(Problem.LARGE_PICTURE, most_bytes // 1_000_000)

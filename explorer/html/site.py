@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
@@ -26,7 +27,7 @@ from explorer.data.background import Background, Task
 from explorer.data.impressions.explained import name_of, percent, points
 from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.data.pictures import Pictures
-from explorer.errors import ExplorerError
+from explorer.errors import RequestError
 from explorer.html import charts
 from explorer.places import Places
 from featurestore.console.output import figure
@@ -142,8 +143,8 @@ class Question(NamedTuple):
 class Part:
     """A part of a page: one element, named after its template, and what it shows.
 
-    A page is a list of parts. It is sent without those that are not quick; each of them is then asked for by
-    `wait=NAME` at the page's own address. In an export all are computed, one after the other.
+    A page is a list of parts. It is sent without those that are not quick, or whose task runs; each of them is then
+    asked for by `wait=NAME` at the page's own address. In an export all are computed, one after the other.
     """
 
     template: str
@@ -151,13 +152,18 @@ class Part:
     """Values for the template, or what computes them when the part is written.
 
     `again_s` among them: the page asks for the part again after so many seconds. A UserError becomes a sentence in the
-    part's place; the page's error if it has no other part, or if the request is wrong (ExplorerError).
+    part's place, but for a RequestError, which is the page's.
     """
+    heading: str = ""
+    """Stands above the part, also while it is not there yet."""
     is_quick: bool = True
+    """Whether the page waits for `values`; not looked at with a task."""
     task: Task[Any] | None = None
     """The background task without whose result `values` would wait; its progress is shown until it ends."""
     what: str = ""
     """What is being done, shown in the place of a part that is not there yet; empty: nothing is."""
+    is_page: bool = False
+    """Whether the page is for this part, so that its errors are the page's."""
 
     @property
     def name(self) -> str:
@@ -227,7 +233,7 @@ class Site:
         environment.globals.update(charts_of=charts, macros=environment.get_template("macros.html").module)
         return environment
 
-    def ends(self, task: Task[Any], timeout_s: float) -> bool:
+    def wait_for(self, task: Task[Any], timeout_s: float) -> bool:
         """Wait for the end of a task, in an export without the timeout; return whether it has ended."""
         while not task.wait(timeout_s):
             if not self.frozen:
@@ -260,32 +266,35 @@ class Site:
         """Write a page, or the one part of it that htmx asks for by `wait=NAME`.
 
         `title`: of the page, without the site's name. `has_charts`: in any part. `shared`: values for all templates.
+        The page is to be loaded again where it has no such part any more.
         """
         shared |= {"here": request.scope["path"], "title": title, "has_charts": has_charts}
         asked = [part for part in parts if part.name == request.query_params.get("wait")]
+        if not asked and status == HTTPStatus.OK and "HX-Request" in request.headers:
+            return HTMLResponse(headers={"HX-Refresh": "true"})
         token = _asked.set(address_of(request))
         try:
             for task in (part.task for part in asked if part.task is not None):
-                self.ends(task, _POLL_S)
+                self.wait_for(task, _POLL_S)
             if asked and "HX-Request" in request.headers:
-                return HTMLResponse(self._written(request, asked[0], shared, len(parts) == 1), status)
-            written = [self._written(request, part, shared, len(parts) == 1) for part in parts]
+                return HTMLResponse(self._written(request, asked[0], shared), status)
+            written = [self._written(request, part, shared) for part in parts]
             return HTMLResponse(self.templates.get_template("base.html").render(parts=written, **shared), status)
         finally:
             _asked.reset(token)
 
-    def _written(self, request: Request, part: Part, shared: Mapping[str, Any], is_alone: bool) -> Markup:
+    def _written(self, request: Request, part: Part, shared: Mapping[str, Any]) -> Markup:
         """Write a part that is quick or asked for; else what is shown in its place, which asks for it."""
         given = request.query_params
         is_there = self.frozen or part.is_quick or given.get("wait") == part.name
         if part.task is not None:
-            is_there = self.ends(part.task, LOOK_S)
+            is_there = self.wait_for(part.task, LOOK_S)
         values, problem = {} if callable(part.values) else part.values, ""
         if is_there and callable(part.values):
             try:
                 values = part.values()
             except UserError as error:
-                if is_alone or isinstance(error, ExplorerError):
+                if part.is_page or isinstance(error, RequestError):
                     raise
                 problem = one_line(error)
         params = {name: given.getlist(name) for name in given} | {"wait": part.name}

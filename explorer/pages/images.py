@@ -79,7 +79,7 @@ class ImagePages(PageKind):
         """Show the images, all or those that are searched for, in the requested order."""
         store, snapshot = self._open(request)
         query, task = _query(request), self._catalogue(store, snapshot)
-        Paging.of(request, 0, PER_PAGE)
+        Paging.of(request, 0, PER_PAGE)  # so that a page that is none is refused before the list is there
 
         def found() -> dict[str, Any]:
             catalogue = task.result()
@@ -203,7 +203,7 @@ class ImagePages(PageKind):
         if asked.run is None:
             return Space(name="visual", problem=Problem.NEEDS_RUN_OF_IMAGES.of())
         task = begin_vectors(self.site.places, asked.run, snapshot, self.site.background)
-        if not self.site.ends(task, _PATIENCE_S if asked.key is None else LOOK_S):
+        if not self.site.wait_for(task, _PATIENCE_S if asked.key is None else LOOK_S):
             return Space(name="visual", task=task)
         vectors = task.result()
         if asked.key is None:

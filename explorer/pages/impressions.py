@@ -107,7 +107,7 @@ class ImpressionPages(PageKind):
                 template="impressions/list.html",
                 values=lambda: self._listed(request, asked),
                 is_quick=self.runs.is_listed(asked.run),
-                what="The run is being opened and its impressions are being scored: a few seconds, once",
+                what="Opening the run and scoring its impressions, which takes some seconds the first time",
             ),
         )
 
@@ -129,9 +129,11 @@ class ImpressionPages(PageKind):
             template="impressions/why.html",
             values=why,
             is_quick=self.runs.is_open(run, at),
-            what="The run is being opened: a few seconds, once",
+            is_page=True,
+            what="Opening the run, which takes some seconds the first time",
         )
-        return self.site.page(request, f"Impressions of group {number:,}", part, run=run, number=number)
+        up = Part(template="impressions/up.html")
+        return self.site.page(request, f"Impressions of group {number:,}", up, part, run=run, number=number)
 
     async def sent(self, request: Request) -> Response:
         """Show the score of an ad with an uploaded picture, which is not stored."""

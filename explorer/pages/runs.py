@@ -173,13 +173,20 @@ class RunPages(PageKind):
             }
 
         about = Part(template="runs/compare.html", values=compared)
-        verdicts = Part(template="runs/verdicts.html", values=measured, task=task, what="Measuring the differences")
-        told = (about, verdicts) if others is None else (Part(template="runs/worth.html"), verdicts, about)
+        heading, here = "Differences", others is None
+        verdicts = Part(
+            template="runs/verdicts.html",
+            values=measured,
+            heading=heading if here else "",
+            task=task,
+            what="Measuring the differences",
+        )
+        first = (about, verdicts) if others is None else (Part(template="runs/worth.html"), verdicts, about)
         return self._page(
             request,
             "Runs side by side" if others is None else _WORTH,
-            *told,
-            Part(template="runs/differences.html", values=measured, task=task),
+            *first,
+            Part(template="runs/differences.html", values=measured, heading="" if here else heading, task=task),
             *self._live(runs).parts(),
             runs=runs,
             names=names,
@@ -191,7 +198,7 @@ class RunPages(PageKind):
     def _page(self, request: Request, title: str, *parts: Part, **shared: Any) -> Response:
         return self.site.page(request, title, *parts, metrics=METRICS, titles=TITLES, **shared)
 
-    def _live(self, runs: Sequence[RunFacts]) -> "Live":
+    def _live(self, runs: Sequence[RunFacts]) -> "LiveCurves":
         """Read the curves of the runs."""
         by_run, problems = {}, []
         for run in runs:
@@ -199,11 +206,11 @@ class RunPages(PageKind):
                 by_run[run.name] = self._curves.read(self.site.places.run(run.name))
             except (OSError, StorageError, ValueError) as error:
                 problems.append(Problem.UNREADABLE_CURVES.of(run.name, one_line(error)))
-        return Live(runs=runs, curves=by_run, problems=problems)
+        return LiveCurves(runs=runs, curves=by_run, problems=problems)
 
 
 @dataclass(kw_only=True)
-class Live:
+class LiveCurves:
     """The current curves of one or several runs."""
 
     runs: Sequence[RunFacts]
@@ -219,7 +226,7 @@ class Live:
         """Return the parts of a page that show them: charts, asked for again while a run trains, and numbers."""
         shown = {"live": self, "again_s": _AGAIN_S if self.is_running else None}
         return (
-            Part(template="runs/curves.html", values=shown),
+            Part(template="runs/curves.html", values=shown, heading="Curves"),
             Part(template="runs/numbers.html", values={"live": self}),
         )
 

@@ -61,7 +61,7 @@ class StorePages(PageKind):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._timeline, self._changes = Timeline(), Changes()
-        self._rows: LruCache[int] = LruCache(100)
+        self._counts: LruCache[int] = LruCache(100)
 
     def routes(self) -> Sequence[Route]:
         """List a page for each question."""
@@ -78,29 +78,39 @@ class StorePages(PageKind):
         known = log.versions(store.storage)[::-1]
         paging = Paging.of(request, len(known), SNAPSHOTS_PER_PAGE)
         shown = known[paging.first : paging.first + SNAPSHOTS_PER_PAGE]
-        rows, is_whole = live_rows(snapshot), not store.storage.list(QUARANTINE)
+        broken = (store.info.store_id, *store.storage.list(QUARANTINE))  # files that are named by their content
+        rows = live_rows(snapshot)
+        is_counted = rows is not None or self._counts.peek(name_of(snapshot)) is not None
 
         def counts() -> dict[str, Any]:
-            counted = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows) if rows is None else rows
-            return {"num_images": counted, "num_broken": 0 if is_whole else len(store.quarantine_rows())}
+            num_images = self._counts.get(name_of(snapshot), lambda: snapshot.num_rows) if rows is None else rows
+            num_broken = self._counts.get(broken, lambda: len(store.quarantine_rows()))
+            return {"num_images": num_images, "num_broken": num_broken}
 
         def line() -> dict[str, Any]:
             lines = self._timeline.lines(store, shown)
             return {"lines": lines, "figure": self._line_figure(lines), "paging": paging}
 
+        about = {"store": store, "manifest": snapshot.manifest, "info": snapshot.info, "yesterday": _yesterday()}
         is_quick = self._timeline.is_quick(store, shown, snapshot.manifest.num_files)
         return self._page(
             request,
             "Store",
             snapshot,
-            Part(template="store/overview.html", values={"store": store, "yesterday": _yesterday()}),
+            Part(template="store/overview.html", values=about),
             Part(
                 template="store/counts.html",
                 values=counts,
-                is_quick=rows is not None and is_whole,
+                is_quick=is_counted and (len(broken) == 1 or self._counts.peek(broken) is not None),
                 what="Counting images",
             ),
-            Part(template="store/line.html", values=line, is_quick=is_quick, what="Reading what each commit did"),
+            Part(
+                template="store/line.html",
+                values=line,
+                heading="Snapshots",
+                is_quick=is_quick,
+                what="Reading what each commit did",
+            ),
             has_charts=True,
         )
 
@@ -127,7 +137,7 @@ class StorePages(PageKind):
         }
         changes = self._changed(request, difference, {"against": whole(request, "against")})
         about = Part(template="store/snapshot.html", values=shown)
-        return self._page(request, f"Snapshot {number}", new, about, changes)
+        return self._page(request, f"Snapshot {number}", new, about, *([changes] if number else []))
 
     def arrived(self, request: Request) -> Response:
         """Show the images added, changed and removed since a day, up to now or to another day."""
@@ -215,9 +225,8 @@ class StorePages(PageKind):
         }
 
     def _page(self, request: Request, title: str, snapshot: Snapshot, *parts: Part, **shared: Any) -> Response:
-        shared |= {"snapshot": snapshot, "manifest": snapshot.manifest, "info": snapshot.info}
         tabs, version = Part(template="store/tabs.html"), asked_snapshot(request)
-        return self.site.page(request, title, tabs, *parts, version=version, **shared)
+        return self.site.page(request, title, tabs, *parts, snapshot=snapshot, version=version, **shared)
 
 
 def _yesterday() -> str:

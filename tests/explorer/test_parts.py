@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from explorer import server as app_module
 from explorer.data.background import Task
-from explorer.errors import ExplorerError
+from explorer.errors import ExplorerError, RequestError
 from explorer.html.site import PageKind, Part
 from explorer.places import Places
 from explorer.problems import Problem
@@ -27,7 +27,6 @@ class SlowPages(PageKind):
 
     asked: list[str]
     slow: dict[str, Any]
-    is_alone = False
 
     def routes(self) -> Sequence[Route]:
         return [Route("/slow/{name}", self.page)]
@@ -37,8 +36,8 @@ class SlowPages(PageKind):
             self.asked.append("quick")
             return {"refused": "said at once"}
 
-        parts = [] if self.is_alone else [Part(template="login.html", values=quick)]
-        return self.site.page(request, "Slow", *parts, Part(template="error.html", what="Reading", **self.slow))
+        slow = Part(template="error.html", what="Reading", **self.slow)
+        return self.site.page(request, "Slow", Part(template="login.html", values=quick), slow)
 
 
 @pytest.fixture
@@ -79,6 +78,14 @@ def test_a_slow_part_is_asked_for_by_the_page_and_computed_alone(kind: type[Slow
     assert "said at once" in whole and "said later" in whole and hx_of(whole) == []
 
 
+def test_a_page_without_the_part_any_more_is_loaded_again(kind: type[SlowPages], pages: TestClient) -> None:
+    kind.slow = computed_by(kind)
+    answer = pages.get("/slow/a?wait=gone", headers=HTMX)
+    assert answer.headers["HX-Refresh"] == "true" and answer.text == ""
+    assert "HX-Refresh" not in pages.get("/slow/a?wait=gone").headers
+    assert "HX-Refresh" not in pages.get("/fail?wait=gone", headers=HTMX).headers
+
+
 def test_a_part_may_be_asked_for_again(kind: type[SlowPages], pages: TestClient) -> None:
     kind.slow = computed_by(kind, again_s=4) | {"is_quick": True}
     assert 'hx-trigger="load delay:4s"' in pages.get("/slow/a").text
@@ -101,25 +108,26 @@ def test_a_part_with_a_task_shows_its_progress_until_it_ends(
 
 
 @pytest.mark.parametrize(
-    ("error", "is_alone", "status"),
+    ("error", "is_page", "status"),
     [
         (CorruptFileError(Problem.NOT_KEY, "<b>damaged</b>"), False, 200),
+        (ExplorerError(Problem.ENDING), False, 200),
         (CorruptFileError(Problem.NOT_KEY, "<b>damaged</b>"), True, 400),
-        (ExplorerError(Problem.NOT_KEY, "<b>that</b>"), False, 400),
+        (RequestError(Problem.NOT_KEY, "<b>that</b>"), False, 400),
     ],
 )
 def test_an_error_is_told_in_the_place_of_its_part(
-    kind: type[SlowPages], pages: TestClient, error: Exception, is_alone: bool, status: int
+    kind: type[SlowPages], pages: TestClient, error: Exception, is_page: bool, status: int
 ) -> None:
-    """The page has the others; it fails with its only part, and when what was asked is wrong."""
+    """The page has the others; it fails with the part that it is for, and when what was asked is wrong."""
 
     def fail() -> dict[str, Any]:
         raise error
 
-    kind.slow, kind.is_alone = {"values": fail}, is_alone
+    kind.slow = {"values": fail, "is_page": is_page, "heading": "What is slow"}
     answer = pages.get("/slow/a")
     assert answer.status_code == status and 'role="alert"' in answer.text and "<b>" not in answer.text
-    assert ("said at once" in answer.text) == (status == 200)
+    assert ("said at once" in answer.text) == ("<h2>What is slow</h2>" in answer.text) == (status == 200)
     part = pages.get("/slow/a?wait=error", headers=HTMX)
     assert part.status_code == 200 and 'role="alert"' in part.text
 

@@ -101,7 +101,7 @@ def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
     html = page(pages, address)
     assert re.findall(r'<div id="(\w+)" hx-get', html) == ["verdicts", "differences"]
     assert text_of(html).index("Settings that differ") < text_of(html).index("GAUC")
-    verdicts, differences = whole(pages, address, "wait=differences").split('<div id="differences">')
+    verdicts, differences = whole(pages, address, "wait=").split('<div id="differences">')
     found = re.findall(r"is (?:better|worse) than “ids-only”|No significant difference", text_of(differences))
     assert len(found) == 6  # 2 runs, 3 metrics
     assert len(re.findall(r"in GAUC", text_of(verdicts.partition('<div id="verdicts">')[2]))) == 2

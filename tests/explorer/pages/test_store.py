@@ -43,7 +43,8 @@ def test_a_snapshot_shows_what_came_changed_and_went(reader):
     assert reader.read("/store/snapshots/4").uris() == [REMOVED]  # it is back
     assert "0 added 0 changed 0 removed" in reader.read("/store/snapshots/5").text
     assert {*reader.read("/store/snapshots/5", against=1).uris()} == {*ADDED, COPY}
-    assert "The empty store" in reader.read("/store/snapshots/0").text
+    empty = reader.read("/store/snapshots/0").text
+    assert "The empty store" in empty and "Changes" not in empty
 
 
 def test_broken_images_have_their_reason(reader):
@@ -56,6 +57,8 @@ def test_what_arrived_is_asked_for_by_time_and_the_form_keeps_it(reader):
     html = reader.client.get("/store/arrived", params={"since": "2026-11-27T10:01", "until": "2999-11-28"}).text
     assert 'type="datetime-local" step="1" value="2026-11-27T10:01:00"' in html
     assert 'type="datetime-local" step="1" value="2999-11-28T00:00:00"' in html
+    for beyond in ("0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00"):
+        assert Problem.NOT_DAY.of("since", beyond) in reader.read("/store/arrived", 400, since=beyond).text
     for until in ("2026-11-01", "2026-11-27"):
         page = reader.read("/store/arrived", 400, since="2026-11-27", until=until)
         assert Problem.NOT_LATER.of(until, "2026-11-27") in page.text
@@ -132,6 +135,7 @@ def test_a_store_that_changes_is_shown_as_it_is_now(tmp_path):
     store.put(rows(["b"], 1), "refresh")
     store.add_quarantine([QuarantineRow(7, "bad<i>.jpg", "empty file", 1e9)])
     assert "Images 2 Broken images 1" in reader.read("/store").text
+    assert reader.client.get("/store").text.count("hx-get") == 0  # it is counted now
     assert "among all 2 images" in reader.read(image).text
     store.put(rows(["c"], 2))
     assert "among all 3 images" in reader.read(image).text

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.export import export as export_pages
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.problems import Problem as Unshown
@@ -145,12 +146,17 @@ def test_rank_0_tells_that_rank_1_lacks_a_net(two_ranks: StandingRanks, places: 
     assert re.search(missing, out) and "rank 1" in out
 
 
-def test_pages_import_only_the_package_that_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_import_only_the_package_that_is_named(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "mypackage", raising=False)
     with TestClient(application(Site(Places(runs=str(own.parent))))) as client:
         assert [client.get(path).status_code for path in ("/", "/runs", "/runs/own", "/impressions")] == [200] * 4
         refused = client.get("/impressions?run=own&wait=list")
-        assert refused.status_code != 500 and re.search(told(Unshown.OWN_NET, package="mypackage"), refused.text)
+        assert refused.status_code == 200 and re.search(told(Unshown.OWN_NET, package="mypackage"), refused.text)
+        assert '<select name="run"' in refused.text  # to choose another run
+    exported = export_pages(Places(runs=str(own.parent)), tmp_path / "pages", 100, lambda done, known: None)
+    assert exported.errors == []
     assert "mypackage" not in sys.modules
     with TestClient(application(Site(Places(runs=str(own.parent), nets="mypackage")))) as client:
         assert "Why " in client.get("/impressions?run=own&wait=list").text
