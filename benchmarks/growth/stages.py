@@ -209,6 +209,7 @@ class Place:
             f"data.cache_dir={self.folder / 'cache'}",
             "data.global_batch_size=4000",
             "train.epochs=1",
+            "train.checkpoint_every=null",
             f"model.tables={{user: {rows}, item: {rows}, image: {rows}, category: 4096, scene: 256}}",
             f"run.dir={self.folder / 'runs'}",
             "run.name=growth",
