@@ -24,9 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """The browser, without a window; its profile is gone with each page."""
+    """The browser, without a window; its profile is gone with each page.
+
+    Its library keeps an event loop running, in which tests elsewhere could run none.
+    """
     program = find_chromium()
     if program is None:
         pytest.skip(f"no Chromium: {WAY_OUT}")
