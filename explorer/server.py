@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import sys
-import threading
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
@@ -327,9 +326,9 @@ def serve(settings: ExplorerSettings) -> None:
         if credentials.tokens is None
         else LoginGuard(app, site, credentials.tokens, secure=settings.tls_cert is not None)
     )
-    if settings.runs is not None:  # its import takes seconds, for which the first list of images would wait
-        threading.Thread(target=import_module, args=("trainer.runs.saved",), daemon=True).start()
     with listen(settings) as listener:
+        if settings.runs is not None:  # its import takes two seconds, for which the first page would wait
+            import_module("trainer.runs.saved")
         allow_connections()
         sys.stderr.write(f"open {url_of(settings, listener)} (Ctrl-C ends)\n")
         limited = BodyLimits(
