@@ -111,6 +111,12 @@ def client_of(places: Places, **site: Any) -> TestClient:
     return TestClient(application(Site(places, **site)))
 
 
+def page(pages: TestClient, address: str, status: int = 200) -> str:
+    answer = pages.get(address)
+    assert answer.status_code == status, answer.text
+    return answer.text
+
+
 def whole(client: TestClient, address: str, part: str = "") -> str:
     """Ask for a page, and for the part of it that it asks for by itself, until that is there."""
     while waits := re.search(rf'hx-get="([^"]*{part}[^"]*)"', text := client.get(address, params=None).text):

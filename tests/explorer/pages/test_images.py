@@ -16,7 +16,7 @@ from featurestore import FeatureStore, key_of_uri
 from featurestore.text import count_text
 from featurestore.upkeep.remake import remake
 from tests.explorer.serving import Reader, Reading, client_of
-from tests.explorer.stores import make_store, rows, storied
+from tests.explorer.stores import make_store, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
 from tests.raised import told
 
@@ -41,19 +41,6 @@ def test_browsing_leads_to_every_image(reader, shop):
         found |= {*page.uris()}
         addresses += [link for link in page.links if link.startswith("/images?") and link not in addresses]
     assert found == {*PLAIN, *HOSTILE, *ADDED, COPY} - {BROKEN}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_name_is_found_by_itself_and_shown_as_text(reader, name):
-    page = reader.read("/images", q=name.strip())
-    assert name in page.uris()
-    assert "\u202e" not in page.text
-    page = reader.read(f"/images/{key_of_uri(name)}")
-    assert not {"b", "i"} & {*page.elements}
-    assert page.elements.count("script") == 1
-    assert name in page.uris()[0]
-    assert "x-picture-problem" not in reader.client.get(page.pictures[0]).headers
-    assert "\u202e" not in page.text
 
 
 def test_a_part_of_a_uri_finds_images_and_an_older_snapshot_has_others(reader):
@@ -290,15 +277,3 @@ def test_pictures_wait_for_each_other_and_after_a_while_for_none(reader, shop, m
         time.sleep(0.3)  # it waits for the first one
         goes_on.set()
         assert [each.result().status_code for each in (first, second)] == [200, 200]
-
-
-def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):
-    store = make_store(tmp_path / "store", num_shards=1)
-    store.put(rows(["a", "b"], 1))
-    (file,) = (tmp_path / "store" / "data").rglob("*.parquet")
-    data, feature = file.read_bytes(), store.snapshot().get([key_of_uri("a")]).tobytes()
-    assert data.count(feature) == 1
-    file.write_bytes(data.replace(feature, bytes(len(feature))))
-    page = Reader(store=store.url).read(f"/images/{key_of_uri('a')}")
-    assert "is damaged" in page.text
-    assert "Nearest neighbours" in page.text

@@ -1,4 +1,4 @@
-"""Pages of runs and a model: the list, one, several, what images are worth; half-written files, hostile names."""
+"""Pages of runs and a model: the list, one, several, what images are worth."""
 
 import re
 import shlex
@@ -11,21 +11,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from explorer.data.runs.folders import read_runs
-from explorer.errors import ExplorerError
 from explorer.places import Places
 from explorer.problems import Problem
 from serving.problems import Problem as ServingProblem
 from tests.cli import invoke
-from tests.explorer.serving import client_of, whole
+from tests.explorer.serving import client_of, page, whole
 from tests.explorer.world import World
 from tests.raised import told
 from trainer.loop.summary import EventsFile
 from trainer.main import app as main
 from trainer.runs.folder import DAYS_FILE
 
-HOSTILE = [
-    "<script>alert(1)<", "a b?c=d&e#f", "'onclick='alert(1)", "\u202egnp", "{{ 7*7 }}", "$(touch x);`y`", "compare",
-]  # fmt: skip
 IMAGES_ALONE = re.compile(r"model\.images</th>\s*<td>none</td><td>both</td>")
 
 
@@ -33,25 +29,6 @@ IMAGES_ALONE = re.compile(r"model\.images</th>\s*<td>none</td><td>both</td>")
 def changing(changing_world: World) -> Iterator[TestClient]:
     with client_of(changing_world.places()) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def own_runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Path]]:
-    """Pages of copied runs, whose tests put back what they change; differences are not measured on them."""
-    runs = shutil.copytree(world.runs, tmp_path_factory.mktemp("own") / "runs")
-
-    def not_measured(*_: object) -> None:
-        raise ExplorerError(Problem.NO_CHECKPOINT)
-
-    with pytest.MonkeyPatch.context() as patch, client_of(world.places(runs=runs)) as client:
-        patch.setattr("explorer.pages.runs.compare_runs", not_measured)
-        yield client, runs
-
-
-def page(pages: TestClient, address: str, status: int = 200) -> str:
-    answer = pages.get(address)
-    assert answer.status_code == status, answer.text
-    return answer.text
 
 
 def text_of(html: str) -> str:
@@ -161,52 +138,6 @@ def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_
     assert "cannot be read" in page(changing, "/runs/both")
     (run / "report.json").write_bytes(report)
     assert "hx-get" not in page(changing, "/runs/both")
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        *(("report.json", content) for content in ('{"metrics": {"ga', "", "[1, 2]", "\x00\xff", '{"metrics": []}')),
-        ("report.json", '{"metrics": {"gauc": null}}'),
-        ("report.json", '{"stages": [], "stores": 3, "metrics": 4}'),
-        ("report.json", '{"metrics": {"gauc": "high", "auc": [1], "logloss": true, "new_ad_auc": 1e999}}'),
-        ("report.json", '{"metrics": {"gauc": 1' + "0" * 400 + '}, "wall_s": 1' + "0" * 400 + ', "samples": NaN}'),
-        ("report.json", '{"metrics": {}, "wall_s": "long", "global_step": [], "samples": {}, "devices": [{}, 4]}'),
-        ("report.json", '{"wall_s": {}, "samples_per_s": "fast", "num_ranks": "two", "devices": null}'),
-        ("config.yaml", "model: ["),
-        ("evaluation/report.json", '{"whole": '),
-        ("evaluation/report.json", "{}"),
-        ("evaluation/report.json", "[]"),
-    ],
-)
-def test_half_written_files_break_no_page(own_runs: tuple[TestClient, Path], file: str, content: str) -> None:
-    client, runs = own_runs
-    place = runs / "both" / file
-    before = place.read_bytes()
-    place.write_text(content)
-    try:
-        for address in ("/runs", "/runs/both", "/runs/compare?run=both&run=ids-only", "/worth"):
-            page(client, address)
-    finally:
-        place.write_bytes(before)
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: str) -> None:
-    client, runs = own_runs
-    shutil.copytree(runs / "both-longer", runs / name)
-    html = page(client, "/runs")
-    link = next(each for each in re.findall(r'href="(/runs/[^"]*)"', html) if "both" not in each and "ids" not in each)
-    one = page(client, unescape(link))
-    compared = client.get("/runs/compare", params={"run": ["both", name]}).text
-    shutil.rmtree(runs / name)
-    for each in (html, one, compared):
-        each = re.sub(r'<script type="application/json".*?</script>', "", each)  # noqa: PLW2901 - data, never markup
-        assert "<script>alert" not in each
-        assert "'onclick='alert" not in each
-    assert "crossmedia evaluate" in one
-    if "`" in name:
-        assert "&#39;" in one.partition("crossmedia evaluate")[2].partition("</code>")[0]  # quoted
 
 
 def test_a_published_model_is_shown_until_it_goes_away(world: World, tmp_path: Path) -> None:

@@ -146,15 +146,6 @@ def test_a_store_that_changes_is_shown_as_it_is_now(tmp_path):
     assert re.search(told(Problem.NO_IMAGE_IN_SNAPSHOT, version=4), reader.read(image, 404).text)
 
 
-def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
-    store = storied(tmp_path / "store")
-    for file in (tmp_path / "store" / "data").rglob("*.parquet"):
-        file.write_bytes(file.read_bytes()[:-20])
-    reader = Reader(store=store.url)
-    for path in ("/store", "/store/snapshots/2"):
-        assert "bytes instead of" in reader.read(path).text
-
-
 @pytest.mark.long
 def test_no_page_fails_while_a_writer_commits_compacts_and_expires(tmp_path):
     store, ended = storied(tmp_path / "store"), threading.Event()
