@@ -1,6 +1,5 @@
 """Pictures below one folder or address, as small JPEGs; files outside of it are never read."""
 
-import functools
 import io
 import os
 import posixpath
@@ -99,7 +98,6 @@ def shrunk(data: bytes, size: int) -> Picture:
     return Picture(_jpeg(image), "")
 
 
-@functools.lru_cache(maxsize=64)
 def placeholder(problem: str, size: int) -> Picture:
     """Draw a grey square with an error message."""
     image = Image.new("RGB", (size, size), "#d8d8d8")

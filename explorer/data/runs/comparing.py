@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -188,18 +187,13 @@ def read_evaluation(run: RunPath) -> EvaluationReport | None:
     """Read the evaluation of a run, or return None. Raises ExplorerError if it cannot be read."""
     file = run / "evaluation" / "report.json"
     try:
-        return _parsed(read_file(file))
+        return _EVALUATION.validate_python(parse_json(read_file(file)))
     except FileNotFoundError:
         return None
     except ValidationError as error:
         raise ExplorerError(Problem.NOT_EVALUATION, file, first_mistake(error)) from error
     except (OSError, StorageError, ValueError) as error:
         raise ExplorerError(Problem.UNREADABLE, file, error) from error
-
-
-@lru_cache(maxsize=64)
-def _parsed(content: bytes) -> EvaluationReport:
-    return _EVALUATION.validate_python(parse_json(content))
 
 
 MOST_IMPRESSIONS = 300_000
