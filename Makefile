@@ -76,6 +76,8 @@ demo: ## Draw images, extract, build samples, train four models under horovodrun
 demo-features: $(BASE)
 	$(ON_PATH) $(BIN)/python -m crossmedia demo --part features --dir $(DEMO_DIR) $(DEMO_ARGS)
 
+# None of them waits, so two workers are enough: each begins with ten seconds of imports.
+test-fast: TEST_WORKERS := 2
 test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)
 

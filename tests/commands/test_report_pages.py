@@ -58,6 +58,7 @@ def test_a_path_that_cannot_be_written_ends_the_command_before_its_work(
     assert list(tmp_path.iterdir()) == [], "it began to work"
 
 
+@pytest.mark.long
 def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp_path: Path) -> None:
     places = {**names, "page": tmp_path / "page.html", "out": tmp_path / "out"}
     fails = "trainer.evaluate {run} --bootstrap 0 --out {empty} --html {page}"

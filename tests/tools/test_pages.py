@@ -76,6 +76,7 @@ def test_files_that_a_page_names_are_there(name: str) -> None:
     assert not missing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NAMES, "CHANGELOG.md", "docs/COMMANDS.md", "docs/API.md", "docs/ERRORS.md"])
 def test_links_lead_to_a_page_and_a_section(name: str) -> None:
     page, text = ROOT / name, text_of(name)

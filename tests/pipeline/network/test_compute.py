@@ -40,6 +40,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_any_machine_computes_the_same(precision: str) -> None:
@@ -51,6 +52,7 @@ def test_any_machine_computes_the_same(precision: str) -> None:
     assert can_compile("float32") and sys.modules["openvino_telemetry"] is None
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_image_has_the_same_bits_in_any_batch_and_by_any_threads(precision: str) -> None:

@@ -77,7 +77,10 @@ ONE_RANK, OTHER_RANKS = (1, 1), (3, 11, 2)
 
 @pytest.mark.parametrize(
     ("legs", "optimizer"),
-    [(ONE_RANK, "rowwise_adagrad"), *((OTHER_RANKS, each) for each in IdOptimizer.__args__)],
+    [
+        (ONE_RANK, "rowwise_adagrad"),
+        *(pytest.param(OTHER_RANKS, each, marks=pytest.mark.long) for each in IdOptimizer.__args__),
+    ],
     ids=lambda each: {ONE_RANK: "one rank", OTHER_RANKS: "other ranks"}.get(each, each),
 )
 @pytest.mark.parametrize("rules", RULES, ids="+".join)

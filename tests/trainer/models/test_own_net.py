@@ -146,6 +146,7 @@ def test_rank_0_tells_that_rank_1_lacks_a_net(two_ranks: StandingRanks, places: 
     assert re.search(missing, out) and "rank 1" in out
 
 
+@pytest.mark.long
 def test_pages_import_only_the_package_that_is_named(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
