@@ -81,7 +81,7 @@ test-fast: TEST_WORKERS := 2
 test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)
 
-# Some of them wait: three were quicker on two cores than four, 5:51 and 6:33.
+# Some of them wait, and each worker imports as long: three keep two cores busy.
 test: TEST_WORKERS := 3
 test: $(FOR_TESTS) ## Run all that guards a promise, but for test-cluster and test-browser; TEST_ARGS="tests/trainer -k stores"
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser and not pages" $(TEST_ARGS)

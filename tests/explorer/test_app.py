@@ -23,6 +23,7 @@ from explorer.server import COOKIE, HostGuard, LoginGuard, application, names_of
 from serving.http.limits import RefusedError
 from serving.problems import Problem as ServingProblem
 from tests.explorer.serving import client_of, serving
+from tests.explorer.world import SCRIPT
 from tests.raised import raises
 from tests.serving.http.processes import ROOT
 
@@ -199,7 +200,7 @@ def test_pages_of_a_list(asked: str, count: int, paging: tuple[int, int, int]) -
 
 def test_addresses_are_quoted_and_each_has_a_plain_file_of_its_own() -> None:
     assert address("/store", {"b": 2, "a": "x y&z", "c": None}) == "/store?a=x+y%26z&b=2"
-    names = ["../../etc/passwd", "<i>\u2028", "a\"b'c&d", "\u202egpj.exe", "ü/ö.png", "x" * 999, "a b\nc", "a/b", "a-b"]
+    names = ["../../etc/passwd", SCRIPT, "a\"b'c&d", "\u202egpj.exe", "ü/ö.png", "x" * 5000, "a b\nc", "a/b", "a-b"]
     files = [file_of(address("/picture", {"uri": uri, "size": size})) for uri in names for size in (96, 160)]
     assert len(set(files)) == len(files)
     assert all(file.startswith("pictures/") and file.endswith(".jpg") and file.isascii() for file in files)

@@ -27,6 +27,8 @@ HOSTILE = (
     "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627.png", "\u978b \U0001f45f.png", f"long-{'w' * 240}.png",
 )  # fmt: skip
 """Names that a file system takes and a page has to show as they are: as text, and as an address of a picture."""
+SCRIPT = "</script><script>alert(1)</script>&\u2028"
+"""A text that would end a script in a page and begin another."""
 COPIED, COPY = "shoes/shoe-03.jpg", "copies/the same shoe.jpg"
 CHANGED, REMOVED, ADDED = "shoes/shoe-01.jpg", "shoes/shoe-02.jpg", ("new/boot-0.jpg", "new/boot-1.jpg")
 BROKEN, NO_IMAGE, HOSTILE_BROKEN = "shoes/shoe-04.jpg", "text.jpg", "<b onclick=alert(5)>broken.png"

@@ -26,9 +26,9 @@ def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):
     data, feature = file.read_bytes(), store.snapshot().get([key_of_uri("a")]).tobytes()
     assert data.count(feature) == 1
     file.write_bytes(data.replace(feature, bytes(len(feature))))
-    page = Reader(store=store.url).read(f"/images/{key_of_uri('a')}")
-    assert "is damaged" in page.text
-    assert "Nearest neighbours" in page.text
+    text = Reader(store=store.url).read(f"/images/{key_of_uri('a')}").text
+    assert "is damaged" in text
+    assert "Nearest neighbours" in text
 
 
 @pytest.mark.parametrize(
