@@ -234,34 +234,6 @@ def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, r
     assert len(after) == len(before) + 3
 
 
-@pytest.mark.parametrize(
-    ("suffix", "damage"),
-    [
-        *[(suffix, damage) for suffix in ("rows.bin", "keys.npy", "json") for damage in ("shorter", "empty", "gone")],
-        ("rows.bin", "longer"),
-        ("keys.npy", "flipped"),
-        ("json", "flipped"),
-    ],
-)
-def test_damaged_cache_files_are_built_again(
-    store: FeatureStore, cache: Path, rows: FeatureRows, suffix: str, damage: str
-) -> None:
-    """Keys and seal are checked at each opening, wherever a bit is flipped; rows at the first after a restart."""
-    check_served(store, cache, rows)
-    victim = file_of(cache, suffix)
-    whole = victim.read_bytes()
-    for place in range(0, len(whole), len(whole) // 8) if damage == "flipped" else (-1,):
-        if damage == "flipped":
-            flip(victim, place)
-        elif damage == "gone":
-            victim.unlink()
-        else:
-            victim.write_bytes({"shorter": whole[:-1], "longer": whole + b"x", "empty": b""}[damage])
-        check_served(store, cache, rows)
-        # The seal says which file of rows was checked: where those were built again that is another one.
-        assert victim.read_bytes() == whole or suffix == "json"
-
-
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
     store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch, num_files: int

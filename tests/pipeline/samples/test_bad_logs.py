@@ -8,7 +8,6 @@ from pathlib import Path
 
 import dask
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
 
@@ -135,20 +134,6 @@ def test_logs_of_bad_rows_alone(build):
     rows, summary = build([shown(100)], [done(0, dwell_s=-1.0)])
     assert behavior_items(rows) == [[]]
     assert summary["behaviors"]["quarantined"] == {"dwell_s is negative": 1}
-
-
-@pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
-def test_damaged_file_is_named(damage, options, client, log, tmp_path):
-    log([shown(0)])
-    path = tmp_path / "logs/behaviors/day=00.parquet"
-    pq.write_table(table([done(at_s) for at_s in range(1000)]), path, write_page_checksum=True, compression="none")
-    data = bytearray(path.read_bytes())
-    if damage == "flipped":
-        data[500] ^= 1
-    path.write_bytes(b"not parquet" if damage == "text" else data[: len(data) // 2] if damage == "cut" else data)
-    with raises(SampleError, Problem.REFUSED if damage == "flipped" else Problem.UNREADABLE_AS, where=path):
-        build_samples(options, client)
-    assert not Path(options.samples).exists()
 
 
 @pytest.mark.services

@@ -33,7 +33,7 @@ from serving.problems import Problem
 from tests.faulty import full_from
 from tests.featurestore.storage.test_paths import files_below
 from tests.raised import raises
-from tests.serving.bundle.conftest import export, flipped, no_network, versions_there
+from tests.serving.bundle.conftest import export, no_network, versions_there
 from tests.serving.scoring.variants import Exported, Variants
 from tests.trainer.conftest import Places
 from tests.trainer.ids.exact_tables import vectors_of
@@ -116,56 +116,14 @@ def test_a_run_is_found_anywhere_and_no_model(made: Exported, tmp_path: Path, mo
         log.read_version(Storage(made.run))
 
 
-def test_each_file_is_verified(url: str, made: Exported, tmp_path: Path) -> None:
-    paths = [path for path in Path(url, made.manifest.folder).iterdir() if path.is_file()]
-    assert {path.name for path in paths} == {file.name for file in made.manifest.files}
-    for path in paths:
-        data = path.read_bytes()
-        is_opened = path.name not in ("network.pt2", "images.safetensors", "sample.parquet")
-        for place in (0, len(data) // 2, len(data) - 1):
-            path.write_bytes(flipped(data, place))
-            with raises(BrokenBundleError, StoreProblem.DIGEST_DIFFERS, where=path, algorithm="sha256"):
-                open_bundle(url, tmp_path) if is_opened else ModelVersion.open(url).files.path(path.name)
-        path.write_bytes(data[:-1])
-        with raises(BrokenBundleError, Problem.OTHER_SIZE, where=path, value=len(data) - 1, wanted=len(data)):
-            ModelVersion.open(url).files.path(path.name)
-        path.unlink()
-        with raises(BrokenBundleError, Problem.MISSING, where=path):
-            ModelVersion.open(url).files.path(path.name)
-        path.write_bytes(data)
-    open_bundle(url, tmp_path)
-
-
-DAMAGES = {StoreProblem.DAMAGED, StoreProblem.FIELD_MISSING, StoreProblem.WRONG_DIGEST}
-
-
-def test_a_damaged_manifest_or_choice_is_refused(url: str, tmp_path: Path) -> None:
-    for folder in ("log", "use"):
-        path = Path(url, folder, f"{1:020}.json")
-        data = path.read_bytes()
-        for place in range(0, len(data), 7):
-            path.write_bytes(flipped(data, place))
-            with pytest.raises(BrokenBundleError) as raised:
-                open_bundle(url, tmp_path)
-            assert raised.value.problem in DAMAGES and raised.value.values["where"] == str(path)
-        path.write_bytes(data)
+def test_a_manifest_in_the_place_of_another_is_refused(url: str, tmp_path: Path) -> None:
     shutil.copy(Path(url, "log", f"{1:020}.json"), Path(url, "log", f"{2:020}.json"))
     with raises(BrokenBundleError, Problem.OTHER_MANIFEST, where=re.compile(r"2\.json$"), version=1):
         open_bundle(url, tmp_path, 2)
 
 
-def test_damaged_vectors_and_another_store_of_them_are_refused(url: str, made: Exported, tmp_path: Path) -> None:
+def test_no_vectors_and_another_store_of_them_are_refused(url: str, made: Exported, tmp_path: Path) -> None:
     vectors = Path(url, made.manifest.folder, "vectors", "images")
-    (data_file,) = vectors.glob("data/*/*.parquet")
-    data = data_file.read_bytes()
-    data_file.write_bytes(flipped(data, len(data) // 2))
-    with raises(BrokenBundleError, StoreProblem.DIGEST_DIFFERS, where=data_file, algorithm="xxh3_128"):
-        open_bundle(url, tmp_path)
-    data_file.unlink()
-    with raises(BrokenBundleError, StoreProblem.MISSING, where=data_file):
-        open_bundle(url, tmp_path)
-    data_file.write_bytes(data)
-    open_bundle(url, tmp_path).close()
     shutil.rmtree(vectors)
     with raises(BrokenBundleError, StoreProblem.NO_STORE, where=vectors):
         open_bundle(url, tmp_path)

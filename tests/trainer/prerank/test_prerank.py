@@ -347,17 +347,6 @@ def test_what_a_killed_build_left_is_removed_by_a_later_one(url: str, monkeypatc
     assert len(names(Path(url, "files"))) == 3
 
 
-@pytest.mark.parametrize("pattern", ["versions/*.json", "files/*.json", "files/*.npz", "files/*.parquet"])
-def test_damage_is_told(url: str, pattern: str) -> None:
-    file = next(Path(url).glob(pattern))
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    problem = StoreProblem.DAMAGED if file.suffix == ".json" else StoreProblem.DIGEST_DIFFERS
-    with raises(CorruptFileError, problem, where=file):
-        AdIndex.open(url).vectors()
-
-
 def found_by(ads: AdIndex, count: int) -> set[int]:
     return set(ads.index.search(vectors(20, seed=8), count)[0].ravel().tolist())
 

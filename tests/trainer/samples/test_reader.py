@@ -330,18 +330,10 @@ def test_no_samples_names_the_job(tmp_path: Path) -> None:
         open_index(SoloComm(), str(tmp_path), "train", SCHEMA)
 
 
-def test_damaged_and_changed_files_are_named(tmp_path: Path) -> None:
+def test_files_that_go_or_change_meanwhile_are_named(tmp_path: Path) -> None:
     write_samples(tmp_path / "train", [30, 30])
     path = tmp_path / "train" / "day=2026-01-02.parquet"
-    content = path.read_bytes()
     reader = reader_of(tmp_path)
-    path.write_bytes(content[:20] + bytes(400) + content[420:])
-    with raises(DataError, Problem.SAMPLES_DAMAGED, where=re.compile(rf"^{path}, row group \d+$")):
-        list(reader.batches())
-    for unreadable in (content[: len(content) // 2], content.replace(b"session", b"sess\xffon")):
-        path.write_bytes(unreadable)
-        with raises(DataError, Problem.NOT_PARQUET, where=path):
-            reader_of(tmp_path)
     path.unlink()
     with raises(DataError, Problem.SAMPLES_GONE, where=path):
         list(reader.batches())
