@@ -134,21 +134,15 @@ KINDS = {
     "model's vectors": Kind("model/bundles/*/vectors/images/**/*.[jp]*", read_model),
 }
 CACHES = {kind: f"cache/shard-*.{kind}" for kind in ("rows.bin", "keys.npy", "json")}
-UNREAD = (
-    "run/report.json",
-    "run/tensorboard/*",
-    "run/checkpoints/versions/*1.json",
-    "model/bundles/*/vectors/**/*.npy",
-)
+UNREAD = ("run/report.json", "run/tensorboard/*", "run/checkpoints/versions/*1.json", "model/**/vectors/**/*.npy")
 """Figures for people, a version that another replaced, and statistics of vectors, which only a new export asks for."""
 
 
 def write_store(folder: Path) -> None:
     """Two shards of a compact store: a base and deltas, tombstones, and each other kind of file."""
     values_ND = np.random.default_rng(0).standard_normal((160, 4)).astype(np.float32)
-    origin = BasisOrigin(
-        store_id="", version=1, commit_id="", extractor=INFO.extractor, num_rows=160, total_variance=6.0
-    )
+    of = {"store_id": "", "version": 1, "commit_id": "", "num_rows": 160, "total_variance": 6.0}
+    origin = BasisOrigin(extractor=INFO.extractor, **of)
     spec = write_basis(Storage(folder), Basis(np.zeros(6), np.eye(4, 6), np.ones(4), origin))
     update = {"dim": 4, "num_shards": 2, "dtype": "float16", "reduction": spec}
     store = FeatureStore.create(folder, INFO.model_copy(update=update))
