@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
+from crossmedia.demo import run_step
 from featurestore.console.commandline import CommandGroup, command_of, end_of_help, help_blocks
 from pipeline.problems import Problem
 from tests.cli import ran
@@ -168,3 +170,9 @@ def test_a_job_runs_on_a_local_cluster_of_its_own_options_and_by_dask_submit(tmp
     (tmp_path / PROGRAM).mkdir()
     done, not_a_day = started(*words, folder=tmp_path, line=line), told(Problem.NOT_A_DAY, value="yesterday")
     assert done.returncode == 2 and re.search(f"^error: {not_a_day}$", done.stderr, re.MULTILINE)
+
+
+def test_a_demo_ends_with_the_step_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        run_step("draw", [sys.executable, "-c", "raise SystemExit(3)"])
+    assert ended.value.exit_code == 3 and "draw: the command above ended with exit code 3" in capsys.readouterr().out

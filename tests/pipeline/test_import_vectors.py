@@ -148,14 +148,17 @@ def test_slices_know_where_they_begin_and_ids_meet_their_rows_in_each(tmp_path, 
     slices = formats.plan_parquet(str(tmp_path / "rows.parquet"), None, None).slices
     assert [(each.groups, each.first_row, each.num_rows) for each in slices] == [((0, 1), 0, 4), ((2, 3), 4, 4)]
     monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
-    np.save(tmp_path / "a.npy", vectors_ND)
+    np.save((addresses := (tmp_path / "a.npy", tmp_path / "ids"))[0], vectors_ND)
     for end in ("", "\n"):
         (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)
-        source = formats.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"))
+        source = formats.plan_matrix(*map(str, addresses))
         blocks = [block for piece in source.slices for block in piece.read(3)]
         assert [uri for block in blocks for uri in block.uris] == [f"é{n}" for n in range(40)]
         np.testing.assert_array_equal(np.concatenate([block.vectors_ND for block in blocks]), vectors_ND)
         assert max(map(len, blocks)) == 3
+    (tmp_path / "ids").write_text("\n".join(f"é{n}" if n != 33 else "" for n in range(40)))
+    blocks = [block for piece in formats.plan_matrix(*map(str, addresses)).slices for block in piece.read(3)]
+    assert [bad.uri for block in blocks for bad in block.bad] == ["a.npy#33"]
 
 
 def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):

@@ -15,11 +15,13 @@ import pytest
 from explorer.data import ads
 from explorer.data.ads import ad_figures, begin, count_ads, nothing_known
 from explorer.data.background import Background, Task
+from explorer.data.impressions.impression_list import _firsts
 from explorer.places import Places
 from explorer.problems import Problem
 from tests.explorer.world import World
 from trainer.comm import SoloComm
 from trainer.runs.saved import read_run
+from trainer.samples.columns import ColumnRows
 from trainer.samples.index import open_index
 from trainer.samples.survey import write_part
 from trainer.schema.fields import Field, Schema, load_schema
@@ -122,3 +124,9 @@ assert "trainer.config" in sys.modules
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_first_value_of_each_row_and_0_of_an_empty_one() -> None:
+    values, offsets = np.array([7, 8, 9]), np.array([0, 2, 2, 3, 3])
+    assert _firsts(ColumnRows(values, offsets)).tolist() == [7, 0, 9, 0]
+    assert _firsts(ColumnRows(values, None)).tolist() == [7, 8, 9]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from featurestore.console import output
 from featurestore.console.output import print_line, print_problem, print_summary, print_table, text_console
-from featurestore.console.page import ReportPage, current_page, recorded, save_plot
+from featurestore.console.page import ReportPage, _program, current_page, recorded, save_plot
 from featurestore.errors import USAGE, OutputPlaceError, UserError
 from featurestore.problems import Problem
 from featurestore.text import printable
@@ -200,6 +200,16 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         with raises(OutputPlaceError, problem, option="--html", where=path, **values) as caught:
             ReportPage(path, "T", []).check_place()
         assert caught.value.exit_code == USAGE
+    with raises(UserError, Problem.OUTPUT_REFUSED, option="--html", where=tmp_path / "gone" / "page.html"):
+        ReportPage(tmp_path / "gone" / "page.html", "T", []).write()
     ReportPage(tmp_path / "new.html", "T", []).check_place()
     ReportPage(tmp_path / "file", "T", []).check_place()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+@pytest.mark.parametrize(("path", "words"), [("/a/b/jobs/score.py", ["python", "jobs/score.py"]), ("x", ["-m", "x.y"])])
+def test_a_page_names_the_command_as_the_documentation_does(
+    path: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [path])
+    assert _program(Path(path).name if path.endswith(".py") else "-m x.y") == words

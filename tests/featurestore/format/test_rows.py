@@ -301,3 +301,9 @@ def test_a_count_below_zero_is_damage(store: FeatureStore, name: str) -> None:
     damaged = manifest.model_copy(update={"shards": manifest.shards | {shard: (entry,)}})
     with raises(CorruptFileError, Problem.DAMAGED, where="log", reason=re.compile(rf"\b{name}=-1\b")):
         unseal(seal(damaged), Manifest, "log")
+
+
+def test_what_a_network_has_not_is_not_written(info: StoreInfo) -> None:
+    """So the digest of its description is that of before there was such a field."""
+    assert "int8" not in info.extractor.model_dump()
+    assert "reduction" not in info.model_dump()

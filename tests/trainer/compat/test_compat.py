@@ -45,6 +45,7 @@ def compat(places: Places, *words: object, other: FeatureStore | None = None, co
     out.unlink(missing_ok=True)
     result = invoke(app, places.folder / "runs/a", store, "--json", out, *words, code=code)
     found = json.loads(out.read_text()) if out.exists() else {}
+    assert found.get("holds", True) == all(each["holds"] for each in found.get("gates", ()))
     return result.output, found | {"gates": {each["gate"]: each for each in found.get("gates", ())}}
 
 

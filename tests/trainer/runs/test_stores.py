@@ -31,7 +31,7 @@ from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import app as evaluate_app
 from trainer.prerank.__main__ import app as prerank_app
 from trainer.problems import Problem
-from trainer.runs.checkpoint import read_recorded, read_state
+from trainer.runs.checkpoint import AcceptedStore, read_recorded, read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import kind_of_features, open_partition, store_places
 from trainer.runs.saved import open_trained
@@ -165,6 +165,17 @@ def resume(own: Places, **changes: Any) -> None:
 def accept_found(own: Places) -> None:
     """Accept the store that is there in the place of the recorded one."""
     said(compat_app, own.folder / "runs/a", own.folder / "features", "--accept", "--force", "it is known")
+
+
+@pytest.mark.parametrize(("one", "another"), ["ab", "ba"])
+def test_of_a_store_put_back_the_very_snapshot_is_replaced_and_of_another_all(one: str, another: str) -> None:
+    lost, other, again = (
+        SnapshotId(url="u", version=1, store_id=store * 32, commit_id=commit * 32)
+        for store, commit in ((one, "1"), (another, "2"), (one, "3"))
+    )
+    for accepted, replaced in ((other, [True, False, True]), (again, [True, False, False])):
+        store = AcceptedStore(name="x", recorded=lost, accepted=accepted, figures={})
+        assert [store.replaces("x", each) for each in (lost, other, again)] == replaced
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from featurestore.console.commandline import STOPPED
 from tests.raised import raises, told
 from tests.trainer.runs.saved import save
 from trainer import supervise
@@ -231,3 +232,21 @@ def test_the_last_error_of_a_rank_is_kept_for_its_end(lines: list[str], text: st
         return generation.ends
 
     assert [each.error for each in asyncio.run(taken())] == [text]
+
+
+@pytest.mark.parametrize(("code", "grace_s"), [(1, 0), (None, 0), (0, 1_000), (STOPPED, 1_000)])
+def test_where_a_rank_failed_the_others_are_killed_sooner(
+    code: int | None, grace_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "FAILURE_GRACE_S", 0.0)
+    monkeypatch.setattr(supervise, "END_GRACE_S", 1_000.0)
+
+    async def signals() -> list[mock._Call]:
+        news, link = asyncio.Queue[News](), mock.Mock()
+        generation = Generation({"a": 2}, {"a": link}, news, mock.Mock())
+        news.put_nowait(News("a", {"is": "end", "rank": 0, "code": code}))
+        for _ in range(2):
+            await generation.next_news(0.05)
+        return link.send.mock_calls  # type: ignore[no-any-return]
+
+    assert len(asyncio.run(signals())) == (not grace_s)
