@@ -251,7 +251,7 @@ WAITS: dict[str, tuple[Callable[[Ranks], str], str]] = {
     ),
     "torch waits": (
         partial(waits, By.TORCH, TWO, "localhost", 0, "127.0.0.1"),
-        ".*" + told(Problem.LATE_RANKS, limit=3, rank=0, ranks="rank 1") + "(?!; the store)",
+        ".*" + told(Problem.LATE_RANKS, limit=3, rank=0, ranks="rank 1", hint="") + "$",
     ),
 }
 
