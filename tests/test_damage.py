@@ -56,11 +56,14 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
+def words(error: UserError) -> str:
+    return f"error: {type(error).__name__} {getattr(error.problem, 'name', '')}: {error}"
+
+
 def read_store(world: Path) -> str:
     """The store's own check of itself, which finds all at once."""
     problems = verify(FeatureStore.open(world / "store"), threads=1).problems
-    assert all(problem.way_out for problem in problems)
-    return "\n".join(f"error: {problem.error}" for problem in problems)
+    return "\n".join(words(problem.error) for problem in problems if problem.way_out)
 
 
 def read_rows(world: Path) -> str:
@@ -104,40 +107,45 @@ def read_model(world: Path) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """Files of one kind: their pattern below the world and who reads them.
+    """Files of one kind: their pattern below the world, who reads them, and what he is told of those that are there.
 
     `silent`: damage of which nothing can tell: nothing else names a file, and settings are text that people change.
     `bits`: whether each flipped bit is told; else what is read may be the same. `places`: how many are flipped."""
 
     files: str
     read: Callable[[Path], str]
+    error: str
+    problems: str
     silent: tuple[str, ...] = ()
     bits: bool = True
     places: int = 8
 
 
-GONE = ("gone",)
+CORRUPT, BROKEN, GONE, TEXT = "CorruptFileError", "BrokenBundleError", ("gone",), ("halved", "bit")
+JSON, DIGEST = "DAMAGED|WRONG_DIGEST|FIELD_MISSING", "OTHER_SIZE|WRONG_NUMBER|DIGEST_DIFFERS"
+PARQUET = "WRONG_NUMBER|DAMAGED|WRONG_COLUMNS|NOT_PARQUET|SAMPLES_DAMAGED|DICTIONARY_DAMAGED"
+MIXED, CHECKPOINT = f"{JSON}|{DIGEST}", "CHECKPOINT_FILE_CHANGED|CHECKPOINT_FILE_BAD"
 KINDS = {
-    "store.json": Kind("store/store.json", read_store),
-    "manifest": Kind("store/log/*.json", read_store, GONE),
-    "data": Kind("store/data/*/*.parquet", read_store),
-    "statistics": Kind("store/data/*/*.stats.npy", read_store),
-    "quarantine": Kind("store/quarantine/*.parquet", read_store, GONE),
-    "pin": Kind("store/pins/*.json", read_store, GONE),
-    "expired manifest": Kind("store/expired/*.json", read_store, GONE),
-    "basis": Kind("store/basis/*.safetensors", read_store),
-    "rows of a shard": Kind("store/data/0001/*.parquet", read_shard, bits=False, places=60),
-    "samples": Kind("samples/train/*.parquet", read_samples, GONE, bits=False, places=60),
-    "config": Kind("run/config.yaml", read_run, ("halved", "bit")),
-    "checkpoint's version": Kind("run/checkpoints/versions/*2.json", read_run),
-    "checkpoint": Kind("run/checkpoints/files/*", read_run),
-    "names of ids": Kind("run/ids.parquet", read_names, bits=False, places=400),
-    "ads' version": Kind("ads/versions/*.json", read_ads),
-    "ads": Kind("ads/files/*", read_ads),
-    "model's version": Kind("model/log/*.json", read_model),
-    "model's choice": Kind("model/use/*.json", read_model),
-    "model": Kind("model/bundles/*/*.*", read_model),
-    "model's vectors": Kind("model/bundles/*/vectors/images/**/*.[jp]*", read_model),
+    "store.json": Kind("store/store.json", read_store, CORRUPT, JSON),
+    "manifest": Kind("store/log/*.json", read_store, CORRUPT, JSON, GONE),
+    "data": Kind("store/data/*/*.parquet", read_store, CORRUPT, DIGEST),
+    "statistics": Kind("store/data/*/*.stats.npy", read_store, CORRUPT, DIGEST),
+    "quarantine": Kind("store/quarantine/*.parquet", read_store, CORRUPT, "NAME_IS_NOT_DIGEST", GONE),
+    "pin": Kind("store/pins/*.json", read_store, CORRUPT, JSON, GONE),
+    "expired manifest": Kind("store/expired/*.json", read_store, CORRUPT, JSON, GONE),
+    "basis": Kind("store/basis/*.safetensors", read_store, CORRUPT, DIGEST),
+    "rows": Kind("store/data/0001/*.parquet", read_shard, CORRUPT, PARQUET, bits=False, places=60),
+    "samples": Kind("samples/train/*.parquet", read_samples, "DataError", PARQUET, GONE, bits=False, places=60),
+    "config": Kind("run/config.yaml", read_run, "ConfigError", "SETTINGS_NOT_YAML|SETTINGS_NOT_A_MAPPING", TEXT),
+    "checkpoint's version": Kind("run/checkpoints/versions/*2.json", read_run, CORRUPT, JSON),
+    "checkpoint": Kind("run/checkpoints/files/*", read_run, "DamagedCheckpointError", CHECKPOINT),
+    "names of ids": Kind("run/ids.parquet", read_names, "DataError", PARQUET, bits=False, places=400),
+    "ads' version": Kind("ads/versions/*.json", read_ads, CORRUPT, JSON),
+    "ads": Kind("ads/files/*", read_ads, CORRUPT, MIXED),
+    "model's version": Kind("model/log/*.json", read_model, BROKEN, JSON, places=60),
+    "model's choice": Kind("model/use/*.json", read_model, BROKEN, JSON, places=60),
+    "model": Kind("model/bundles/*/*.*", read_model, BROKEN, DIGEST),
+    "model's vectors": Kind("model/bundles/*/vectors/images/**/*.[jp]*", read_model, BROKEN, MIXED),
 }
 CACHES = {kind: f"cache/shard-*.{kind}" for kind in ("rows.bin", "keys.npy", "json")}
 UNREAD = ("run/report.json", "run/tensorboard/*", "run/checkpoints/versions/*1.json", "model/**/vectors/**/*.npy")
@@ -174,7 +182,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(exported(places, "exact", "bundles", export).url, world / "model")
     origin = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
     AdIndex.build(str(world / "ads"), "flat", np.arange(3), np.eye(3, dtype=np.float32), origin)
-    assert not any(kind.read(world).startswith("error: ") for kind in KINDS.values())
+    assert all(not outcome(kind, world).startswith("error: ") for kind in KINDS.values())
     return world
 
 
@@ -191,15 +199,14 @@ def test_the_table_is_complete(world: Path) -> None:
 
 
 def damaged(path: Path, every: int | None = None, places: int = 8) -> Iterator[str]:
-    """Damage a file in every way, one after the other, and then one bit at a time, at so many places or `every` so many
-    bytes; put it back at the end."""
+    """Damage a file in every way, then a bit at a time, at so many places or `every` so many bytes; then mend it."""
     whole = path.read_bytes()
     try:
         for how, change in DAMAGES.items():
             data = change(whole)
             path.write_bytes(data) if data is not None else path.unlink()
             yield how
-        for turn, place in enumerate(range(0, len(whole), every or max(1, len(whole) // places))):
+        for turn, place in enumerate([*range(0, len(whole), every or max(1, len(whole) // places)), len(whole) - 1]):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << turn % 8]) + whole[place + 1 :])
             yield f"bit of byte {place}"
     finally:
@@ -211,15 +218,18 @@ def outcome(kind: Kind, world: Path) -> str:
     try:
         return kind.read(world)
     except UserError as error:
-        return f"error: {error}"
+        return words(error)
 
 
-def is_named(path: Path, world: Path, told: str) -> bool:
-    """Whether errors name a file, by its path or by its name in a checkpoint; of one that is gone, the place."""
+def is_told(kind: Kind, world: Path, path: Path, told: str) -> bool:
+    """Whether an error of the kind names the file, by its path or by its name in a checkpoint; of one that is gone,
+    whether one names its place and, unless its name is a number or a day, the file."""
     of_checkpoint = re.fullmatch(r"(step-\d+)-(.+)-[0-9a-f]{32}(\..+)", path.name)
     name = of_checkpoint.expand(r"/\1/\2\3") if of_checkpoint else str(path)
-    place = world / path.relative_to(world).parts[0]
-    return told.startswith("error: ") and (name if path.exists() else str(place)) in told
+    if path.exists():
+        return bool(re.search(f"^error: {kind.error} ({kind.problems}): .*{re.escape(name)}", told, re.MULTILINE))
+    file = "" if re.fullmatch(r"(day=)?\d+", path.stem) else Path(name).name
+    return told.startswith("error: ") and str(world / path.relative_to(world).parts[0]) in told and file in told
 
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -234,7 +244,9 @@ def test_an_error_names_the_file(world: Path, kind: str, every: int | None) -> N
         for how in damaged(path, every, row.places):
             told = outcome(row, world)
             is_same = told == sound and how.startswith("bit") and not row.bits
-            assert is_same or how.startswith(row.silent) or is_named(path, world, told), f"{how}: {path}: {told[:400]}"
+            assert is_same or how.startswith(row.silent) or is_told(row, world, path, told), (
+                f"{how}: {path}: {told[:400]}"
+            )
     assert row.read(world) == sound
 
 
@@ -261,8 +273,7 @@ def test_a_partition_names_it_and_leaves_nothing_half_made(world: Path, tmp_path
         for how in damaged(path, step):
             if how != "gone":
                 with pytest.raises(CorruptFileError) as caught:
-                    FeaturePartition.load(store.url, shard, 2, cache)
-                    pytest.fail(f"{how}: {path}")
+                    pytest.fail(f"{how}: {FeaturePartition.load(store.url, shard, 2, cache)} of {path}")
                 assert caught.value.values["where"] == str(path), how
     assert not list(cache.iterdir())
 
@@ -297,9 +308,9 @@ def test_a_log_is_named_and_no_samples_are_made_of_it(client: "Client", tmp_path
         shutil.rmtree(samples)
         return rows
 
-    logs = Kind("", build, bits=False)
+    logs = Kind("", build, "SampleError", "REFUSED|UNREADABLE_AS")
     sound = build(tmp_path)
     for how in damaged(path):
         told = outcome(logs, tmp_path)
-        assert is_named(path, tmp_path, told) or (told == sound and how.startswith("bit")), f"{how}: {told[:400]}"
+        assert is_told(logs, tmp_path, path, told) or (told == sound and how.startswith("bit")), f"{how}: {told[:400]}"
         assert not samples.exists()

@@ -90,11 +90,7 @@ def test_ctrl_c_within_a_wait_for_a_lock_is_ctrl_c() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [
-        each
-        for _, each in getmembers(errors, isclass)
-        if each.__module__ == errors.__name__ and issubclass(each, Exception)
-    ],
+    [one for _, one in getmembers(errors, isclass) if one.__module__ == errors.__name__ and issubclass(one, Exception)],
 )
 def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exception]) -> None:
     assert issubclass(error, UserError)

@@ -30,7 +30,7 @@ from tests.trainer.conftest import make_places
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, save, state_at
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
-from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TakenOverError
+from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, TakenOverError
 from trainer.problems import Problem
 from trainer.runs import checkpoint, saving
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
@@ -75,15 +75,6 @@ def test_layout_of_a_step_that_is_written_once(run: RunPath) -> None:
 def test_loads_at_any_number_of_ranks(run: RunPath, written: int, read: int) -> None:
     path = save(run, size=written, value=7.0)
     assert values(path, read) == {7.0}
-
-
-@pytest.mark.parametrize("how", ["-1", "missing"])
-def test_of_a_damaged_file_all_ranks_are_told(run: RunPath, how: str) -> None:
-    path, name = save(run, size=2), PARTS[1]
-    damage(run, 50, name, how)
-    raised = on_ranks(2, lambda comm: checkpoint.load(comm, path, checkpoint.read_state(path), Trained(comm.rank, 2)))
-    assert DamagedCheckpointError in {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
-    assert all(f"{path}/{name}" in str(each) for each in raised)
 
 
 def test_damaged_state_is_named(tmp_path: Path) -> None:

@@ -334,6 +334,9 @@ def test_files_that_go_or_change_meanwhile_are_named(tmp_path: Path) -> None:
     write_samples(tmp_path / "train", [30, 30])
     path = tmp_path / "train" / "day=2026-01-02.parquet"
     reader = reader_of(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"session", b"sess\xffon"))
+    with raises(DataError, Problem.NOT_PARQUET, where=path):
+        reader_of(tmp_path)
     path.unlink()
     with raises(DataError, Problem.SAMPLES_GONE, where=path):
         list(reader.batches())

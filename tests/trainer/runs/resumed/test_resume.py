@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -287,8 +288,9 @@ def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
                 assert name in each.why
             assert float(trained.dense["layer.weight"][0, 0]) == steps[0]
             assert {int(each[0]) for each in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))
-    raised = on_ranks(2, lambda comm: resume(comm, "57"))
-    assert {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
-    assert all("step-00000057/state.json" in str(each) for each in raised)
+    for step, (name, _) in zip(steps[1:], damages, strict=True):
+        raised = on_ranks(2, partial(resume, resume=str(step)))
+        assert DamagedCheckpointError in {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
+        assert all(f"step-{step:08}/{name}" in str(each) for each in raised)
     CheckpointPlace(run).claim([each.checkpoint for each in on_ranks(1, resume)[0][1]])
     assert steps_of(run) == [50]
