@@ -136,7 +136,7 @@ WITH_DATA = [
     ("run.warm_start={missing}", 2, "run.warm_start='{missing}': "),
 ]
 
-FEW = {"value": 3, "slots": 2}
+TOO_FEW = (TrainerProblem.TOO_FEW_SLOTS, {"value": 3, "slots": 2})
 TRAINER = [
     *((f"trainer.main --set {setting}", 2, text) for setting, text in SETTINGS),
     *(("trainer.main data.samples={samples} data.store={store} " + line, *told) for line, *told in WITH_DATA),
@@ -168,7 +168,7 @@ TRAINER = [
     ("trainer.schema check {deepyaml} {samples}", 2, "too deep"),
     ("trainer.launch -- true", 2, TrainerProblem.NOT_A_SLURM_JOB),
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
-    ("trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main", 2, (TrainerProblem.TOO_FEW_SLOTS, FEW)),
+    ("trainer.supervise --min-np 3 --hosts a:1,b:1 -- python -m trainer.main", 2, TOO_FEW),
 ]
 
 DASK_SUBMIT = [

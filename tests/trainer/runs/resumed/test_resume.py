@@ -263,7 +263,7 @@ def test_if_all_are_damaged_the_newest_is_named(places: Places, tmp_path: Path) 
 def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
     """One rank alone finds the damage, in the file that it reads; whichever that is."""
     rows, dense = [f"rows-0000{rank}-of-00002.safetensors" for rank in (0, 1)], "dense.safetensors"
-    damages = [*((rows[1], how) for how in ("cut", "head", "names")), (rows[0], "missing"), (dense, "head")]
+    damages = [*((rows[1], how) for how in ("-1", "cut", "head", "names")), (rows[0], "missing"), (dense, "head")]
     damages += [("state.json", "cut"), ("state.json", "missing")]
     steps = range(50, 51 + len(damages))
     for step in steps:
@@ -291,6 +291,6 @@ def test_all_ranks_take_the_same_one(run: RunPath, tmp_path: Path) -> None:
     for step, (name, _) in zip(steps[1:], damages, strict=True):
         raised = on_ranks(2, partial(resume, resume=str(step)))
         assert DamagedCheckpointError in {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
-        assert all(f"step-{step:08}/{name}" in str(each) for each in raised)
+        assert all(f"{of_step(run, step)}/{name}" in str(each) for each in raised)
     CheckpointPlace(run).claim([each.checkpoint for each in on_ranks(1, resume)[0][1]])
     assert steps_of(run) == [50]
