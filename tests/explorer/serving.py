@@ -62,12 +62,8 @@ class Reading(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.words: list[str] = []
-        self.links: list[str] = []
-        self.pictures: list[str] = []
-        self.live: list[str] = []
-        self.elements: list[str] = []
-        self._silent = 0
+        self.words, self.links, self.pictures = list[str](), list[str](), list[str]()
+        self.live, self.elements, self._silent = list[str](), list[str](), 0
         self.feed(page)
         self._check_headings()
 

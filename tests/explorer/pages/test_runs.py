@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
+from threading import Event
 
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.runs.comparing import compare_runs
 from explorer.data.runs.folders import read_runs
 from explorer.places import Places
 from explorer.problems import Problem
@@ -73,9 +75,11 @@ def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient, wo
     assert "hx-get" not in html  # it is finished
 
 
-def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
-    address = "/runs/compare?run=ids-only&run=both&run=both-longer"
+def test_runs_side_by_side_with_verdicts(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, is_seen = "/runs/compare?run=ids-only&run=both&run=both-longer", Event()
+    monkeypatch.setattr("explorer.pages.runs.compare_runs", lambda *args: is_seen.wait(60) and compare_runs(*args))
     html = page(pages, address)
+    is_seen.set()
     assert re.findall(r'<div id="(\w+)" hx-get', html) == ["verdicts", "differences"]
     assert text_of(html).index("Settings that differ") < text_of(html).index("GAUC")
     verdicts, differences = whole(pages, address, "wait=").split('<div id="differences">')
